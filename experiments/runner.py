@@ -1,0 +1,307 @@
+"""What the binaries share: fit, score, measure one category, and write what came out."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from absl import app, flags, logging
+from tabulate import tabulate
+
+import inreach_jax
+from experiments.progress import PhaseTimer
+from inreach_jax import metrics
+from inreach_jax.datasets import Dataset, Split
+from inreach_jax.datasets.files import write_png
+from inreach_jax.images import resize_and_crop, resize_and_crop_masks
+
+_TABLE = (
+    "image_auroc",
+    "image_ap",
+    "image_f1_max",
+    "pixel_auroc",
+    "pixel_ap",
+    "pixel_f1_max",
+    "aupro",
+    "nominal_precision",
+    "nominal_recall",
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "orbax-checkpoint", "inreach-jax")
+
+_resize_masks = jax.jit(resize_and_crop_masks, static_argnames="config")
+_resize_images = jax.jit(resize_and_crop, static_argnames="config")
+
+
+def main(body: Callable[[], None]) -> None:
+    """Runs a binary. What the user can mend ends it with one line; --verbosity=1 shows where."""
+
+    def run(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"there are no positional arguments; got {argv[1:]}")
+        if not flags.FLAGS["verbosity"].present:  # Orbax tells of every step of a save
+            logging.set_verbosity(logging.WARNING)
+        try:
+            body()
+        except (ValueError, OSError) as error:
+            logging.debug("where it happened", exc_info=True)
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+
+    app.run(run)
+
+
+def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Makes a folder for results and checks, before any long work, that it can be written.
+
+    Raises:
+      OSError: it cannot.
+    """
+    workdir = pathlib.Path(path).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+    return workdir
+
+
+def limit(dataset: Dataset, *, max_train: int | None, max_test: int | None) -> Dataset:
+    """The first training images, and test images spread evenly over the types."""
+
+    def pick(split: Split, indices: Sequence[int]) -> Split:
+        return Split(
+            names=tuple(split.names[i] for i in indices),
+            labels=tuple(split.labels[i] for i in indices),
+            images=[split.images[i] for i in indices],
+            masks=[split.masks[i] for i in indices],
+        )
+
+    train, test = dataset.train, dataset.test
+    if max_train is not None and max_train < len(train):
+        train = pick(train, range(max_train))
+    if max_test is not None and max_test < len(test):
+        test = pick(test, np.linspace(0, len(test) - 1, max_test).round().astype(int).tolist())
+    return dataclasses.replace(dataset, train=train, test=test)
+
+
+def run_category(
+    dataset: Dataset,
+    *,
+    backbone: inreach_jax.Backbone,
+    config: inreach_jax.InReachConfig,
+    workdir: pathlib.Path,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Fits, scores and measures one category, and writes all results.
+
+    Args:
+      dataset: Its masks and labels only measure; fitting does not see them.
+      backbone: With its variables.
+      config: The options.
+      workdir: Gets `bank/`, `scores.csv`, `heatmaps/` and `metrics.json`.
+      batch_size: Images per step.
+
+    Returns:
+      What `metrics.json` holds.
+
+    Raises:
+      ValueError: as `inreach_jax.fit`.
+      OSError: something cannot be written.
+    """
+    with PhaseTimer() as timer:
+        bank = inreach_jax.fit(
+            backbone, dataset.train.images, config=config, batch_size=batch_size, progress=timer
+        )
+        inreach_jax.save_bank(workdir / "bank", bank, backbone=backbone, config=config)
+        scored = list(
+            inreach_jax.score_images(
+                backbone,
+                bank,
+                dataset.test.images,
+                config=config,
+                batch_size=batch_size,
+                progress=timer,
+            )
+        )
+    image_scores = np.concatenate([s.image for s in scored])
+    maps = np.concatenate([s.maps for s in scored])
+    masks = crop_masks(dataset.test, config=config)
+    _, height, width = scored[0].patches.shape
+    precision, recall = nominal_precision_recall(
+        bank, dataset.train, grid=(height, width), config=config
+    )
+    write_scores(workdir / "scores.csv", dataset.test, image_scores)
+    scale = (float(np.quantile(maps, 0.01)), float(np.quantile(maps, 0.999)))
+    write_heatmaps(workdir / "heatmaps", dataset.test, maps, masks, scale=scale, config=config)
+    seconds = {
+        phase: timer.seconds.get(phase, 0.0)
+        for phase in ("features", "association", "channels", "bank", "scoring")
+    }
+    result = {
+        "category": dataset.name,
+        **metrics.image_metrics(image_scores, dataset.test.anomalous),
+        **metrics.pixel_metrics(maps, masks >= config.mask_threshold),
+        "nominal_precision": precision,
+        "nominal_recall": recall,
+        "bank_rows": int(bank.count),
+        "num_train": len(dataset.train),
+        "num_test": len(dataset.test),
+        "seconds": seconds | {"total": sum(seconds.values())},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "heatmap_scale": scale,
+        "backbone": {"name": backbone.name, "weights_digest": backbone.weights_digest},
+        "config": config.to_dict(),
+        "batch_size": batch_size,
+        "versions": versions(),
+        "command": command(),
+    }
+    write_json(workdir / "metrics.json", result)
+    return result
+
+
+def crop_masks(split: Split, *, config: inreach_jax.InReachConfig) -> np.ndarray:
+    """[N, h, w] uint8: the masks as the maps see the images, edges blurred."""
+    return np.concatenate([_resize_masks(mask[None], config=config) for mask in split.masks])
+
+
+def nominal_precision_recall(
+    bank: inreach_jax.NominalBank,
+    train: Split,
+    *,
+    grid: tuple[int, int],
+    config: inreach_jax.InReachConfig,
+) -> tuple[float, float]:
+    """How pure the bank is, and how much of what is good it holds."""
+    count = int(bank.count)
+    return metrics.nominal_precision_recall(
+        np.asarray(bank.image)[:count],
+        np.asarray(bank.patch)[:count],
+        crop_masks(train, config=config),
+        grid=grid,
+        multiplicity=np.asarray(bank.multiplicity)[:count],
+        recall=config.recall,
+    )
+
+
+def write_scores(path: pathlib.Path, split: Split, scores: np.ndarray) -> None:
+    """One row per image: path, label, score."""
+
+    def rows() -> Iterator[tuple[str, str, str]]:
+        yield "path", "label", "score"
+        for name, label, score in zip(split.names, split.labels, scores, strict=True):
+            yield name, label, f"{score:.9g}"
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows())
+
+
+def write_heatmaps(
+    directory: pathlib.Path,
+    split: Split,
+    maps: np.ndarray,
+    masks: np.ndarray,
+    *,
+    scale: tuple[float, float],
+    config: inreach_jax.InReachConfig,
+) -> None:
+    """Image, map and mask side by side, one PNG per image, all on one colour scale.
+
+    Args:
+      directory: Emptied first.
+      split: N images.
+      maps: [N, h, w] float32.
+      masks: [N, h, w] uint8.
+      scale: Map values of the darkest and the brightest colour.
+      config: That the maps were made with.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    low, high = scale
+    colours = matplotlib.colormaps["inferno"]
+    for name, image, map_, mask in zip(split.names, split.images, maps, masks, strict=True):
+        crop = np.asarray(_resize_images(image[None], config=config))[0].round().astype(np.uint8)
+        heat = colours(np.clip((map_ - low) / max(high - low, 1e-12), 0, 1), bytes=True)[..., :3]
+        truth = np.repeat(mask[..., None], 3, axis=-1)
+        flat = "_".join(pathlib.PurePosixPath(name).with_suffix("").parts)
+        write_png(directory / f"{flat}.png", np.concatenate([crop, heat, truth], axis=1))
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON whole or not at all; NaN and infinity, which JSON lacks, become null."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {k: finite(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def finish(results: Mapping[str, Mapping[str, Any]], *, workdir: pathlib.Path) -> None:
+    """Writes `metrics.json` of several categories and their mean, and prints them."""
+    mean = _mean_metrics(list(results.values()))
+    write_json(workdir / "metrics.json", {"categories": results, "mean": mean})
+    print_results({**results, "mean": mean}, workdir=workdir)
+
+
+def print_results(results: Mapping[str, Mapping[str, Any]], *, workdir: pathlib.Path) -> None:
+    """Prints a Markdown table, a row per category, and where everything is."""
+    headers = ["category", *(name.replace("_", " ") for name in _TABLE)]
+    rows = [[name, *(result[measure] for measure in _TABLE)] for name, result in results.items()]
+    seconds = sum(r["seconds"]["total"] for r in results.values() if "seconds" in r)
+    print()
+    print(tabulate(rows, headers=headers, floatfmt=".3f", tablefmt="github"))
+    print(f"\n{seconds:.0f} s; scores, heat maps and banks are in {workdir}")
+
+
+def _mean_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the measures over categories; where one is undefined, of those that define it."""
+    values = {name: np.array([r[name] for r in results], float) for name in _TABLE}
+    return {
+        name: float(x[~np.isnan(x)].mean()) if not np.isnan(x).all() else math.nan
+        for name, x in values.items()
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Packages, interpreter and device that a result was obtained with."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a clone
+            continue
+    device = jax.devices()[0]
+    return found | {"device": f"{device.platform}: {device.device_kind}"}
+
+
+def command() -> str:
+    """The command line, as a user would type it, its own folders left out."""
+    name = pathlib.Path(sys.argv[0])
+    module = f"{name.parent.name}.{name.stem}" if name.suffix == ".py" else name.name
+    return " ".join(["python -m", module, *sys.argv[1:]])

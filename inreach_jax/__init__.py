@@ -1,0 +1,35 @@
+"""Fully unsupervised image anomaly detection with inter-realization channels, in JAX.
+
+The training images may themselves contain anomalies, and nobody labels anything.
+"""
+
+from inreach_jax.backbones import BACKBONES, Backbone, load_backbone
+from inreach_jax.checkpoint import restore_bank, save_bank
+from inreach_jax.config import PRESETS, InReachConfig
+from inreach_jax.pipeline import (
+    DescriptorSet,
+    extract,
+    fit,
+    fit_descriptors,
+    make_score_fn,
+    score_images,
+)
+from inreach_jax.types import NominalBank, Scores
+
+__all__ = [
+    "BACKBONES",
+    "PRESETS",
+    "Backbone",
+    "DescriptorSet",
+    "InReachConfig",
+    "NominalBank",
+    "Scores",
+    "extract",
+    "fit",
+    "fit_descriptors",
+    "load_backbone",
+    "make_score_fn",
+    "restore_bank",
+    "save_bank",
+    "score_images",
+]

@@ -1,0 +1,105 @@
+"""Seeds x images -> mutual nearest neighbours -> which channel each patch joins."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from inreach_jax import distances
+from inreach_jax.config import InReachConfig
+from inreach_jax.types import UNMATCHED, Association, Members
+
+
+def associate(
+    seeds: jax.Array,
+    images: jax.Array,
+    *,
+    image_index: jax.Array,
+    config: InReachConfig,
+    tile: int = distances.DEFAULT_TILE,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> Association:
+    """Mutual nearest neighbours between every seed and every image (paper, section 3.2).
+
+    The pairs are independent: blocks of images may be associated in any grouping.
+
+    Args:
+      seeds: [S, P, D] float32 descriptors of training images 0 to S - 1.
+      images: [B, P, D] float32 descriptors of any training images.
+      image_index: [B] int32, which training images they are. An image is not compared with
+        itself.
+      config: Uses `pairs`.
+      tile: Seed patches per product; tile * P floats are needed beside the inputs.
+      precision: Of the products.
+
+    Returns:
+      Association of B images.
+
+    Raises:
+      ValueError: shapes do not fit together.
+    """
+    if seeds.ndim != 3 or images.ndim != 3 or seeds.shape[1:] != images.shape[1:]:
+        raise ValueError(
+            "seeds [S, P, D] and images [B, P, D] must share P and D; got "
+            f"{seeds.shape} and {images.shape}"
+        )
+    if image_index.shape != images.shape[:1]:
+        raise ValueError(f"image_index must have shape {images.shape[:1]}; got {image_index.shape}")
+    centre = jnp.mean(seeds, axis=(0, 1))
+    seed_index = jnp.arange(seeds.shape[0], dtype=jnp.int32)
+
+    def pair(image: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        image_of_seed, seed_of_image = distances.mutual_nearest(
+            seed, image, centre=centre, tile=tile, precision=precision
+        )
+        mutual = distances.mutual_partner(seed_of_image, image_of_seed)
+        sq_distance = distances.squared_distance(image, jnp.take(seed, seed_of_image, axis=0))
+        return jnp.where(mutual, seed_of_image, UNMATCHED), sq_distance
+
+    def one_image(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        image, j = args
+        compared = seed_index != j if config.pairs == "all" else seed_index < j
+        partner, sq_distance = lax.map(lambda seed: pair(image, seed), seeds)
+        return (
+            jnp.where(compared[:, None], partner, UNMATCHED),
+            jnp.where(compared[:, None], sq_distance, jnp.inf),
+        )
+
+    partner, sq_distance = lax.map(one_image, (images, image_index))
+    return Association(
+        mutual_seed_patch=partner.swapaxes(0, 1), sq_distance=sq_distance.swapaxes(0, 1)
+    )
+
+
+def select_members(association: Association, *, config: InReachConfig) -> Members:
+    """Each patch joins the channel of its best seed patch, if the match is mutual.
+
+    Args:
+      association: Of B images.
+      config: Uses `veto` and `index_order`.
+
+    Returns:
+      Members of B images. The seed patches themselves are not listed: they found the channels.
+    """
+    partner, sq_distance = association.mutual_seed_patch, association.sq_distance
+    num_patches = partner.shape[2]
+    if not config.veto:  # then a nearer seed without a mutual match does not stand in the way
+        sq_distance = jnp.where(partner == UNMATCHED, jnp.inf, sq_distance)
+    best_seed = _argmin_first_axis(sq_distance)  # [B, P]
+    best_partner = jnp.take_along_axis(partner, best_seed[None], axis=0)[0]
+    image_patch = jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32), best_seed.shape)
+    founder, patch = best_partner, image_patch
+    if config.index_order == "swapped":
+        founder, patch = image_patch, best_partner
+    matched = best_partner != UNMATCHED
+    return Members(
+        channel=jnp.where(matched, best_seed * num_patches + founder, UNMATCHED),
+        patch=jnp.where(matched, patch, image_patch),
+    )
+
+
+def _argmin_first_axis(x: jax.Array) -> jax.Array:
+    """[S, ...] -> [...] int32, lowest index on ties; S is small."""
+    attains = x == jnp.min(x, axis=0)
+    index = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    # Where x is NaN nothing attains the minimum: fall back to the first seed, which is in range.
+    return jnp.min(jnp.where(attains, index, x.shape[0]), axis=0) % x.shape[0]

@@ -1,0 +1,60 @@
+"""Nominal patches -> NominalBank."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inreach_jax.types import NominalBank
+
+# Banks of similar size share a shape, and thereby one compilation of whatever takes them.
+CAPACITY_MULTIPLE = 1024
+
+
+def bank_capacity(count: int) -> int:
+    """Rows to allocate for `count` nominal patches, the padding included."""
+    return max(1, -(-count // CAPACITY_MULTIPLE)) * CAPACITY_MULTIPLE
+
+
+def append_rows(
+    rows: jax.Array, count: jax.Array, descriptors: jax.Array, nominal: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Copies the nominal patches of a block of images behind the rows already there.
+
+    Args:
+      rows: [R, D] float32, R >= count + B * P: a whole block must fit behind what is there.
+      count: [] int32, rows in use.
+      descriptors: [B, P, D] float32.
+      nominal: [B, P] bool.
+
+    Returns:
+      The rows, of which those at and beyond the new count are undefined, and the new count.
+    """
+    flat = descriptors.reshape(-1, descriptors.shape[-1])
+    (index,) = jnp.nonzero(nominal.reshape(-1), size=flat.shape[0], fill_value=0)
+    rows = jax.lax.dynamic_update_slice_in_dim(rows, jnp.take(flat, index, axis=0), count, axis=0)
+    return rows, count + jnp.sum(nominal, dtype=jnp.int32)
+
+
+def make_bank(rows: jax.Array, *, multiplicity: np.ndarray) -> NominalBank:
+    """A bank of rows in the order of (image, patch).
+
+    Args:
+      rows: [M, D] float32, M >= the number of nominal patches; the rest is padding.
+      multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
+
+    Returns:
+      The bank, with padding rows set to the centre.
+    """
+    image, patch = np.nonzero(multiplicity)
+    count = len(image)
+    padding = (0, rows.shape[0] - count)
+    valid = (jnp.arange(rows.shape[0]) < count)[:, None]
+    centre = jnp.sum(jnp.where(valid, rows, 0), axis=0) / count
+    return NominalBank(
+        rows=jnp.where(valid, rows - centre, 0),
+        centre=centre,
+        image=jnp.asarray(np.pad(image.astype(np.int32), padding)),
+        patch=jnp.asarray(np.pad(patch.astype(np.int32), padding)),
+        multiplicity=jnp.asarray(np.pad(multiplicity[image, patch].astype(np.int32), padding)),
+        count=jnp.asarray(count, jnp.int32),
+    )

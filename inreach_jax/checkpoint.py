@@ -1,0 +1,186 @@
+"""Nominal banks on disk: the only module that imports Orbax, and only when it is called.
+
+A bank directory holds numbered steps, `<directory>/0`, `<directory>/1`, ... Each save makes a new
+one, because Orbax's overwrite deletes the good checkpoint before it writes the other. A step has
+the arrays, without padding, and a manifest that restoring checks in full.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inreach_jax.backbones import Backbone
+from inreach_jax.bank import bank_capacity
+from inreach_jax.config import InReachConfig
+from inreach_jax.types import NominalBank
+
+FORMAT_VERSION = 1
+_PER_ROW = ("rows", "image", "patch", "multiplicity")
+
+
+def save_bank(
+    directory: str | os.PathLike[str],
+    bank: NominalBank,
+    *,
+    backbone: Backbone,
+    config: InReachConfig,
+) -> pathlib.Path:
+    """Saves a bank as a new step; what is there already is never touched.
+
+    Args:
+      directory: Made if it does not exist.
+      bank: Any placement.
+      backbone: That the bank was fitted with; its name and weight digest go into the manifest.
+      config: Likewise; all of it goes into the manifest.
+
+    Returns:
+      The path of the step.
+
+    Raises:
+      ValueError: the bank is empty or not finite.
+      OSError: the directory cannot be written.
+    """
+    directory = pathlib.Path(directory).absolute()  # Orbax refuses relative paths
+    count = int(bank.count)
+    if not 1 <= count <= bank.rows.shape[0]:
+        raise ValueError(f"bank.count must be in [1, {bank.rows.shape[0]}]; got {count}")
+    arrays = {
+        field.name: np.asarray(getattr(bank, field.name))
+        for field in dataclasses.fields(bank)
+        if field.name != "count"
+    }
+    arrays |= {name: arrays[name][:count] for name in _PER_ROW}
+    if not (np.isfinite(arrays["rows"]).all() and np.isfinite(arrays["centre"]).all()):
+        raise ValueError("bank has rows that are not finite; it was not saved")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "backbone": backbone.name,
+        "weights_digest": backbone.weights_digest,
+        "config": config.to_dict(),
+        "arrays": {name: _spec(x) for name, x in arrays.items()},
+        "digest": _digest(arrays),
+        "versions": {
+            "jax": jax.__version__,
+            "orbax-checkpoint": metadata.version("orbax-checkpoint"),
+        },
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    steps = _steps(directory)
+    path = directory / str(steps[-1] + 1 if steps else 0)
+    _orbax().save(path, arrays, custom_metadata=manifest)
+    return path
+
+
+def restore_bank(
+    directory: str | os.PathLike[str], *, backbone: Backbone, step: int | None = None
+) -> tuple[NominalBank, InReachConfig]:
+    """Restores a bank and the config that it was fitted with.
+
+    Args:
+      directory: That `save_bank` was given.
+      backbone: To score with; must be the one that the bank was fitted with.
+      step: Which save; None for the latest.
+
+    Returns:
+      The bank, padded to `bank.bank_capacity`, and its config.
+
+    Raises:
+      FileNotFoundError: there is no such bank.
+      ValueError: it was made by another version or for another backbone or other weights, or the
+        files are damaged.
+    """
+    directory = pathlib.Path(directory).absolute()
+    steps = _steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"no bank at {directory}"
+            + (f" with step {step}; there are {steps}" if steps else "; save_bank makes one")
+        )
+    path = directory / str(steps[-1] if step is None else step)
+    try:
+        manifest = _orbax().metadata(path).custom_metadata
+    except Exception as error:  # Orbax raises many kinds
+        raise ValueError(f"the bank at {path} has no readable manifest: {error}") from error
+    config = _check_manifest(manifest, path=path, backbone=backbone)
+    expected = manifest["arrays"]
+    target = {
+        name: jax.ShapeDtypeStruct(tuple(spec["shape"]), np.dtype(spec["dtype"]))
+        for name, spec in expected.items()
+    }
+    try:
+        stored = _orbax().metadata(path).metadata
+        # Orbax would cast and reshape silently to whatever it is asked for.
+        actual = {name: _spec(x) for name, x in stored.items()}
+        if actual != expected:
+            raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
+        arrays = {name: np.asarray(x) for name, x in _orbax().load(path, target).items()}
+    except Exception as error:
+        raise ValueError(
+            f"the bank at {path} is damaged: {error}. Restore a copy or fit again"
+        ) from error
+    if _digest(arrays) != manifest["digest"]:
+        raise ValueError(
+            f"the bank at {path} is damaged: its content is not what was saved. Restore a copy or "
+            "fit again"
+        )
+    count = len(arrays["rows"])
+    padding = bank_capacity(count) - count
+    for name in _PER_ROW:
+        x = arrays[name]
+        arrays[name] = np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
+    bank = NominalBank(
+        count=jnp.asarray(count, jnp.int32), **{k: jnp.asarray(v) for k, v in arrays.items()}
+    )
+    return bank, config
+
+
+def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) -> InReachConfig:
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has bank format {version}; this version reads {FORMAT_VERSION}. Fit it again"
+        )
+    for name, mine in (("backbone", backbone.name), ("weights_digest", backbone.weights_digest)):
+        if manifest[name] != mine:
+            raise ValueError(
+                f"the bank at {path} was fitted with {name} {manifest[name]!r}, and the backbone "
+                f"given has {mine!r}; distances between the two mean nothing. Load that backbone "
+                "or fit again"
+            )
+    try:
+        return InReachConfig.from_dict(manifest["config"])
+    except ValueError as error:
+        raise ValueError(f"the config of the bank at {path}: {error}") from error
+
+
+def _orbax() -> Any:
+    """Orbax's v1 API. It takes a second or two to import, and scoring does not need it."""
+    from orbax.checkpoint import v1
+
+    return v1
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """Finished steps in ascending order; unfinished saves have other names."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdecimal())
+
+
+def _spec(x: Any) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(np.dtype(x.dtype))}
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {_spec(arrays[name])}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()

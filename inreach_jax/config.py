@@ -1,0 +1,182 @@
+"""Every option of the algorithm, and the presets, which are nothing but values for them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InReachConfig:
+    """The options of InReaCh; hashable, so that it can be a static argument of `jax.jit`.
+
+    The defaults are `PRESETS["default"]`; docs/design.md says how each was chosen. "Released"
+    marks a behaviour of the released reference implementation that the paper does not describe.
+
+    Attributes:
+      resize: Height and width that images are resized to, in pixels.
+      crop: Height and width of the central crop of the resized image.
+      antialias: Whether the resize low-pass filters when it shrinks (released: no).
+      channel_order: Order in which colours reach the backbone (released: "bgr").
+      normalization: "backbone" for what the backbone was trained with, or "released" for
+        (x / 255 - [.456, .406, .485]) / [.229, .224, .225] in channel order.
+      batch_norm: "running" for the backbone's running statistics, or "image" for the statistics
+        of each single image (released: the backbone is left in training mode).
+      taps: Blocks of the backbone whose outputs are used, finest first; None for the backbone's
+        own choice. The first one's grid is the grid of patches.
+      level_dim: Dimensions that each level's 3x3 neighbourhoods are pooled to; None for one per
+        channel of the level, which is the mean over the neighbourhood.
+      descriptor_dim: Upper limit of D: wider concatenated levels are pooled to it.
+      positional: Whether position is part of the descriptor; "auto" decides by the test of
+        `images.is_positional` on the training images.
+      position_weight: Distance, in descriptor units, that position adds from one edge of the grid
+        to the other.
+      num_seeds: S, the number of seed images; the first ones of the training set.
+      pairs: "all" compares each image with every other seed image; "earlier" only with seeds that
+        precede it (released).
+      veto: Whether a patch whose nearest seed patch is not mutual joins no channel at all, even if
+        a farther seed has a mutual match (released).
+      index_order: "matched" puts the matched patches into the channel. "swapped" is the released
+        order: (image patch, seed patch) pairs are read the other way round.
+      min_channel_length: Channels with a span of at most this, seed included, are dropped.
+      radius_filter: Scale of the radii r = |x - mean| of a channel's members. "none": no member is
+        dropped; "std": standard deviation of the radii (published); "rms": their root mean square,
+        which no radius exceeds sqrt(span - 1) times, so it wants a limit of about 2.
+      max_channel_std: Members with r >= max_channel_std * scale are dropped.
+      upsampling: How patch scores become a map: "bilinear" (half-pixel) or "nearest" (released).
+      smoothing_sigma: Standard deviation in pixels of the Gaussian that smooths the map; 0: none.
+      mask_threshold: Test masks, uint8 after the same resize and crop, are anomalous where >= this
+        (released: 255, so that blurred edges are not).
+      recall: "patches" counts nominal recall over the good patches. "released" divides by
+        (patches - nonzero mask pixels // patch side) and counts repeated bank rows each time.
+    """
+
+    resize: tuple[int, int] = (256, 256)
+    crop: tuple[int, int] = (224, 224)
+    antialias: bool = True
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    normalization: Literal["backbone", "released"] = "backbone"
+    batch_norm: Literal["running", "image"] = "running"
+    taps: tuple[int, ...] | None = None
+    level_dim: int | None = None
+    descriptor_dim: int = 1024
+    positional: Literal["auto", "on", "off"] = "auto"
+    position_weight: float = 5.0
+    num_seeds: int = 10
+    pairs: Literal["all", "earlier"] = "all"
+    veto: bool = False
+    index_order: Literal["matched", "swapped"] = "matched"
+    min_channel_length: int = 3
+    radius_filter: Literal["none", "std", "rms"] = "none"
+    max_channel_std: float = 5.0
+    upsampling: Literal["bilinear", "nearest"] = "bilinear"
+    smoothing_sigma: float = 4.0
+    mask_threshold: int = 128
+    recall: Literal["patches", "released"] = "patches"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, list):  # what JSON makes of a tuple
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            if hint is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, name, value)
+            choices = get_args(hint)
+            if get_origin(hint) is Literal:
+                if value not in choices:
+                    raise ValueError(f"{name} must be one of {list(choices)}; got {value!r}")
+            elif name in ("resize", "crop"):
+                if (
+                    not isinstance(value, tuple)
+                    or len(value) != 2
+                    or not all(_is_int(v) and v > 0 for v in value)
+                ):
+                    raise ValueError(
+                        f"{name} must be a (height, width) of two positive integers; got {value!r}"
+                    )
+            elif name == "taps":
+                if value is not None and (
+                    not isinstance(value, tuple)
+                    or not value
+                    or not all(_is_int(v) and v >= 0 for v in value)
+                    or list(value) != sorted(set(value))
+                ):
+                    raise ValueError(
+                        "taps must be None or block numbers >= 0 in ascending order, without "
+                        f"repeats; got {value!r}"
+                    )
+            elif hint is bool:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be True or False; got {value!r}")
+            elif hint is float:
+                if not isinstance(value, float) or not 0 <= value < float("inf"):
+                    raise ValueError(f"{name} must be a finite number >= 0; got {value!r}")
+            elif not (value is None and type(None) in choices) and not (
+                _is_int(value) and value >= 1
+            ):
+                raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
+        if any(c > r for c, r in zip(self.crop, self.resize, strict=True)):
+            raise ValueError(
+                f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize"
+            )
+        if self.mask_threshold > 255:
+            raise ValueError(f"mask_threshold must be in [1, 255]; got {self.mask_threshold}")
+        if self.max_channel_std == 0 and self.radius_filter != "none":
+            raise ValueError("max_channel_std 0 drops every member; set it above 0")
+
+    def replace(self, **changes: Any) -> "InReachConfig":
+        """A copy with some options changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain JSON-serialisable values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "InReachConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+          ValueError: a name is unknown or missing, or a value is out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = sorted(set(options) - names), sorted(names - set(options))
+        if unknown or missing:
+            raise ValueError(
+                f"not the options of this version: unknown {unknown}, missing {missing}"
+            )
+        return cls(**options)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_PUBLISHED: dict[str, Any] = {
+    "antialias": False,
+    "level_dim": 1024,
+    "descriptor_dim": 1024,
+    "radius_filter": "std",
+    "upsampling": "nearest",
+    "smoothing_sigma": 13.0,
+}
+
+PRESETS: Mapping[str, InReachConfig] = {
+    # Chosen by measurement: docs/design.md, "Defaults".
+    "default": InReachConfig(),
+    # What the paper describes.
+    "paper": InReachConfig(**_PUBLISHED),
+    # What the released reference computes: docs/reference.md.
+    "official": InReachConfig(
+        **_PUBLISHED,
+        channel_order="bgr",
+        normalization="released",
+        batch_norm="image",
+        pairs="earlier",
+        veto=True,
+        index_order="swapped",
+        mask_threshold=255,
+        recall="released",
+    ),
+}

@@ -1,0 +1,278 @@
+"""Image files: decoding with Pillow, listing folders, and sequences that read when indexed.
+
+Everything that Pillow can misread is either brought to one form or refused by name: what comes out
+is uint8, RGB [H, W, 3] for images and [H, W] for masks.
+"""
+
+import contextlib
+import operator
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import overload
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+Path = str | os.PathLike[str]
+
+_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+_COLOUR_MODES = ("CMYK", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
+_ORIENTATION_TAG = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)
+_CLUTTER_NAMES = ("desktop.ini", "ehthumbs.db", "thumbs.db")
+_CLUTTER_SUFFIXES = (".csv", ".htm", ".html", ".json", ".md", ".pdf", ".txt", ".yaml", ".yml")
+_CLUTTER_FOLDERS = ("@eadir", "__macosx", "__pycache__")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads a PNG, JPEG, BMP, TIFF or WebP image.
+
+    - Greyscale becomes three equal channels; palettes, CMYK and YCbCr become RGB. Embedded colour
+      profiles are not applied.
+    - The orientation that cameras write to EXIF is applied.
+    - 16 bits become 8: greyscale by round(value / 257), which takes the full range 0..65535 to
+      0..255 (scale 10- or 12-bit data to 16 bits before saving them); colour by dropping the low
+      byte, as Pillow does.
+    - An alpha channel is dropped if it is opaque, and refused otherwise: the colours below
+      transparent pixels are whatever the program that saved the file left there.
+
+    Args:
+      path: The file.
+
+    Returns:
+      [H, W, 3] uint8 RGB.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: it is empty, truncated or not an image in one of these formats, has several
+        frames, transparency, or values of unknown range (32-bit integers, floats), or is larger
+        than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    pixels = _decode(path)
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Reads a mask: any file that `read_image` reads and that holds only greys.
+
+    Masks of zeros and ones are scaled to 0 and 255.
+
+    Args:
+      path: The file.
+
+    Returns:
+      [H, W] uint8, 0 where nothing is wrong.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: as for `read_image`, or the mask is coloured.
+    """
+    pixels = _decode(path)
+    if pixels.ndim == 3:
+        if np.any(pixels != pixels[..., :1]):
+            raise ValueError(
+                f"{os.fspath(path)}: a mask must be greyscale, 0 where nothing is wrong; this one "
+                "is coloured"
+            )
+        pixels = pixels[..., 0]
+    return pixels * np.uint8(255) if pixels.max() == 1 else pixels
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of what `read_image` would return; only the file's header is read.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: it is empty or not an image, has several frames, or is too large.
+    """
+    with _open(path) as image:
+        width, height = image.size
+        # Pillow reports TIFF sizes with the orientation applied, the other formats' without.
+        if image.format != "TIFF" and image.getexif().get(_ORIENTATION_TAG) in _SWAPS_SIDES:
+            width, height = height, width
+    return height, width
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Writes uint8 [H, W] or [H, W, 3] as PNG, without metadata: equal pixels, equal bytes.
+
+    Raises:
+      OSError: the file cannot be written.
+      ValueError: the pixels are not uint8 of one of these shapes.
+    """
+    if pixels.dtype != np.uint8 or not (
+        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    ):
+        raise ValueError(
+            f"pixels must be uint8 [H, W] or [H, W, 3]; got {pixels.dtype} {pixels.shape}"
+        )
+    Image.fromarray(pixels).save(path, format="PNG", compress_level=6)
+
+
+def list_images(directory: Path) -> tuple[pathlib.Path, ...]:
+    """The image files of a folder, sorted by name.
+
+    Hidden files and those that systems and people leave next to images (Thumbs.db, text, JSON)
+    are passed over.
+
+    Raises:
+      FileNotFoundError: the folder does not exist.
+      OSError: it cannot be read.
+      ValueError: there are no images in it, or other files or folders besides.
+    """
+    paths, problems = scan_images(directory)
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not paths:
+        raise ValueError(f"{os.fspath(directory)} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return paths
+
+
+def scan_images(directory: Path) -> tuple[tuple[pathlib.Path, ...], tuple[str, ...]]:
+    """`list_images`, with what does not belong there returned as messages.
+
+    Raises:
+      OSError: the folder does not exist or cannot be read.
+    """
+    paths, problems = [], []
+    for path in sorted(pathlib.Path(directory).iterdir(), key=lambda path: path.name):
+        name = path.name.lower()
+        if name.startswith("."):
+            continue
+        if path.is_dir():
+            if name not in _CLUTTER_FOLDERS:
+                problems.append(f"{path}: a folder where images are expected")
+        elif name.endswith(IMAGE_SUFFIXES):
+            paths.append(path)
+        elif name not in _CLUTTER_NAMES and not name.endswith(_CLUTTER_SUFFIXES):
+            problems.append(f"{path}: not one of {', '.join(IMAGE_SUFFIXES)}; convert or remove it")
+    return tuple(paths), tuple(problems)
+
+
+def subfolders(directory: Path) -> tuple[pathlib.Path, ...]:
+    """The folders in a folder, sorted by name, hidden ones passed over.
+
+    Raises:
+      OSError: the folder does not exist or cannot be read.
+    """
+    return tuple(
+        path
+        for path in sorted(pathlib.Path(directory).iterdir(), key=lambda path: path.name)
+        if path.is_dir()
+        and not path.name.startswith(".")
+        and path.name.lower() not in _CLUTTER_FOLDERS
+    )
+
+
+class ImageSequence(Sequence[np.ndarray]):
+    """Arrays that are loaded each time that they are asked for; none is kept in memory.
+
+    `fit` and `score_images` take it as it is. It can be iterated again, indexed and sliced.
+
+    Attributes:
+      loaders: One for each array; called without arguments, returns it.
+    """
+
+    def __init__(self, loaders: Iterable[Callable[[], np.ndarray]]):
+        self.loaders = tuple(loaders)
+
+    def __len__(self) -> int:
+        return len(self.loaders)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageSequence": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | ImageSequence":
+        if isinstance(index, slice):
+            return ImageSequence(self.loaders[index])
+        return self.loaders[operator.index(index)]()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} images)"
+
+
+def read_images(paths: Iterable[Path]) -> ImageSequence:
+    """The images at `paths`, each [H, W, 3] uint8 RGB, decoded when indexed by `read_image`.
+
+    `read_images(list_images(directory))` is a folder of images.
+    """
+    return ImageSequence(partial(read_image, path) for path in paths)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    """The opened image, its pixels not decoded yet.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: what is in it cannot be used, found out here or inside the `with` block.
+    """
+    name = os.fspath(path)
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ValueError(f"{name}: the file is empty (0 bytes); copy it again or remove it")
+        try:
+            with Image.open(file, formats=_FORMATS) as image:
+                # Twice the limit is an exception in Pillow, the limit itself only a warning.
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit is not None and image.width * image.height > limit:
+                    raise Image.DecompressionBombError(
+                        f"{image.width} x {image.height} pixels, more than {limit}"
+                    )
+                frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+                if frames != 1:
+                    raise _UnusableError(
+                        f"it holds {frames} frames; save the one to be used to a file of its own"
+                    )
+                yield image
+        except _UnusableError as error:
+            raise ValueError(f"{name}: {error}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(
+                f"{name}: suspiciously large ({error}); if the file can be trusted, shrink it or "
+                "raise PIL.Image.MAX_IMAGE_PIXELS"
+            ) from error
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"{name}: not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image, or damaged at "
+                "its start; copy it again, convert or remove it"
+            ) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders report damage by many types of exception
+            raise ValueError(
+                f"{name}: truncated or damaged ({error}); copy it again or remove it"
+            ) from error
+
+
+class _UnusableError(Exception):
+    """A sound file that does not hold what is needed."""
+
+
+def _decode(path: Path) -> np.ndarray:
+    """[H, W] or [H, W, 3] uint8, upright."""
+    with _open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            if "transparency" in image.info:
+                raise _UnusableError("it has a transparent colour; flatten the image")
+            return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        if image.mode not in ("1", "L", "LA", *_COLOUR_MODES):
+            raise _UnusableError(
+                f"pixels of Pillow's mode {image.mode} have no known range or colours; save 8-bit "
+                "RGB or greyscale, or 16-bit greyscale"
+            )
+        grey = image.mode in ("1", "L", "LA")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            lowest, _ = image.getchannel("A").getextrema()
+            if lowest != 255:
+                raise _UnusableError(
+                    "it has transparent pixels; flatten the image onto a background of your choice"
+                )
+        return np.array(image.convert("L" if grey else "RGB"))

@@ -1,0 +1,221 @@
+"""Nearest neighbours in Euclidean distance: the only place where descriptors are multiplied.
+
+Every search follows the same rules.
+
+- Centred: |a|^2 + |b|^2 - 2ab cancels when the vectors are long and close together, as rectified
+  features are. At a true squared distance of 1e-3 the uncentred float32 minimum is off by 7%, in
+  TF32 by 500%; after subtracting a mean it is off by 0.1%. Callers pass a `centre`.
+- Exact at the end: the products only choose the neighbour. Its distance is then computed anew
+  from the difference of the two vectors, which is right to float32 rounding and differentiable.
+- Explicit precision: the default float32 product is TF32 on recent GPUs and bfloat16 on TPUs.
+- Lowest index on ties, in two passes (the minimum, then the lowest index that attains it), because
+  `argmin` is 25 times slower than `min` on XLA:CPU. The passes may be fused differently, but they
+  compare bit-identical numbers: norms n and products g are kept from being fused into them, and
+  n - 2g rounds once whether or not it is contracted.
+- Tiled: one product of `tile` rows at a time. The last tile overlaps the one before it rather than
+  being padded, so nothing is copied and results do not depend on the tile.
+- Rows where `valid` is False are infinitely far away and are never a neighbour.
+- NaN never hides: a NaN query has the distance NaN, and a valid NaN row gives it to every query.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+DEFAULT_TILE = 512
+
+
+def squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Squared Euclidean distance along the last axis, from the difference itself.
+
+    Args:
+      a: [..., D] float32.
+      b: [..., D] float32, of the same shape.
+
+    Returns:
+      [...] float32, >= 0.
+    """
+    difference = a - b
+    return jnp.sum(difference * difference, axis=-1)
+
+
+def nearest(
+    queries: jax.Array,
+    rows: jax.Array,
+    *,
+    centre: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    tile: int = DEFAULT_TILE,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest row to each query.
+
+    Args:
+      queries: [Q, D] float32.
+      rows: [M, D] float32, M >= 1.
+      centre: [D] float32 that is subtracted from both sides; None where they are centred already.
+      valid: [M] bool, rows that may be neighbours; None for all.
+      tile: Rows per product, >= 1. Needs tile * Q floats beside the inputs.
+      precision: Of the products that choose the neighbour.
+
+    Returns:
+      Squared distances [Q] float32 >= 0, differentiable in queries, rows and centre, and the
+      indices [Q] int32 of the rows. Where no row is valid: (inf, 0).
+
+    Raises:
+      ValueError: a shape does not fit, or tile < 1.
+    """
+    _check_inputs(queries=queries, rows=rows, centre=centre, tile=tile)
+    if valid is not None and valid.shape != rows.shape[:1]:
+        raise ValueError(f"valid must have shape {rows.shape[:1]}; got {valid.shape}")
+    num_rows = rows.shape[0]
+    tile, num_tiles = _even_tiles(num_rows, tile)
+    # Which row is nearest is piecewise constant: only the distance to it has a gradient.
+    q, r = lax.stop_gradient(queries), lax.stop_gradient(rows)
+    c = None if centre is None else lax.stop_gradient(centre)
+    if c is not None:
+        q = q - c[None, :]
+    q_norm = _sq_norm(q)
+
+    def search(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start = jnp.minimum(i * tile, num_rows - tile)
+        block = lax.dynamic_slice_in_dim(r, start, tile)
+        if c is not None:
+            block = block - c[None, :]
+        product, norm = lax.optimization_barrier((_product(block, q, precision), _sq_norm(block)))
+        relative = norm[:, None] - 2 * product
+        if (
+            valid is not None
+        ):  # not the norm alone: what stands in rows that are not used may be NaN
+            usable = lax.dynamic_slice_in_dim(valid, start, tile)
+            relative = jnp.where(usable[:, None], relative, jnp.inf)
+        value, index = _lowest(relative, axis=0)
+        return _closer(best, (value, index + start))
+
+    varying = q_norm + r[0, 0] if valid is None else jnp.where(valid[0], q_norm, r[0, 0])
+    init = _like(varying, jnp.inf, jnp.float32), _like(varying, 0, jnp.int32)
+    value, index = lax.fori_loop(0, num_tiles, search, init)
+    exact = squared_distance(queries, jnp.take(rows, index, axis=0))
+    # Infinite where no row is valid, and NaN as explained above.
+    return jnp.where(jnp.isfinite(value), exact, value + q_norm), index
+
+
+def mutual_nearest(
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    centre: jax.Array | None = None,
+    tile: int = DEFAULT_TILE,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest row of each side to each row of the other, from one product.
+
+    Row i of `a` and row j of `b` are mutual nearest neighbours if `nearest_b[i] == j` and
+    `nearest_a[j] == i`: see `mutual_partner`.
+
+    Args:
+      a: [A, D] float32, A >= 1.
+      b: [B, D] float32, B >= 1.
+      centre: [D] float32 that is subtracted from both; None where they are centred already.
+      tile: Rows of `a` per product, >= 1. Needs tile * B floats beside the inputs.
+      precision: Of the products that choose the neighbour.
+
+    Returns:
+      nearest_b [A] int32 in [0, B) and nearest_a [B] int32 in [0, A).
+
+    Raises:
+      ValueError: a shape does not fit, or tile < 1.
+    """
+    _check_inputs(a=a, b=b, centre=centre, tile=tile)
+    a, b = lax.stop_gradient(a), lax.stop_gradient(b)
+    if centre is not None:
+        a, b = a - centre[None, :], b - centre[None, :]
+    num_rows = a.shape[0]
+    tile, num_tiles = _even_tiles(num_rows, tile)
+    b_norm = _sq_norm(b)
+
+    def search(
+        i: jax.Array, carry: tuple[jax.Array, tuple[jax.Array, jax.Array]]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        nearest_b, best = carry
+        start = jnp.minimum(i * tile, num_rows - tile)
+        block = lax.dynamic_slice_in_dim(a, start, tile)
+        product, norm = lax.optimization_barrier((_product(block, b, precision), _sq_norm(block)))
+        # Each direction leaves out the norm that is constant along its axis.
+        _, of_block = _lowest(b_norm[None, :] - 2 * product, axis=1)
+        value, index = _lowest(norm[:, None] - 2 * product, axis=0)
+        nearest_b = lax.dynamic_update_slice_in_dim(nearest_b, of_block, start, axis=0)
+        return nearest_b, _closer(best, (value, index + start))
+
+    varying_a, varying_b = a[:, 0] + b[0, 0], b_norm + a[0, 0]
+    init = (
+        _like(varying_a, 0, jnp.int32),
+        (_like(varying_b, jnp.inf, jnp.float32), _like(varying_b, 0, jnp.int32)),
+    )
+    nearest_b, (_, nearest_a) = lax.fori_loop(0, num_tiles, search, init)
+    return nearest_b, nearest_a
+
+
+def mutual_partner(nearest_there: jax.Array, nearest_back: jax.Array) -> jax.Array:
+    """Whether each row and its nearest row on the other side chose each other.
+
+    Args:
+      nearest_there: [A] int32, from each row of this side to the other.
+      nearest_back: [B] int32, from each row of the other side to this one.
+
+    Returns:
+      [A] bool.
+    """
+    here = jnp.arange(nearest_there.shape[0], dtype=nearest_back.dtype)
+    return jnp.take(nearest_back, nearest_there, axis=0) == here
+
+
+def _check_inputs(*, centre: jax.Array | None, tile: int, **pair: jax.Array) -> None:
+    for name, x in pair.items():
+        if x.ndim != 2 or x.shape[0] == 0:
+            raise ValueError(f"{name} must be [rows, D] with at least one row; got {x.shape}")
+    dims = [x.shape[1] for x in pair.values()]
+    if dims[0] != dims[1]:
+        raise ValueError(f"{' and '.join(pair)} must have the same D; got {dims[0]} and {dims[1]}")
+    if centre is not None and centre.shape != (dims[0],):
+        raise ValueError(f"centre must have shape {(dims[0],)}; got {centre.shape}")
+    if tile < 1:
+        raise ValueError(f"tile must be >= 1; got {tile}")
+
+
+def _even_tiles(num_rows: int, tile: int) -> tuple[int, int]:
+    """The largest tile within the limit that splits the rows evenly, so that overlap is small."""
+    num_tiles = -(-num_rows // tile)
+    return -(-num_rows // num_tiles), num_tiles
+
+
+def _product(a: jax.Array, b: jax.Array, precision: lax.Precision) -> jax.Array:
+    """[A, D] x [B, D] -> [A, B]."""
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision)
+
+
+def _sq_norm(x: jax.Array) -> jax.Array:
+    return jnp.sum(x * x, axis=-1)
+
+
+def _lowest(x: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Minimum along an axis of a matrix, and the lowest index that attains it."""
+    value = jnp.min(x, axis=axis)
+    index = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    attains = x == jnp.expand_dims(value, axis)
+    return value, jnp.min(jnp.where(attains, index, x.shape[axis]), axis=axis)
+
+
+def _closer(
+    best: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The closer of two candidates; the first one on ties, as its index is lower. NaN stays."""
+    return jnp.minimum(best[0], new[0]), jnp.where(new[0] < best[0], new[1], best[1])
+
+
+def _like(x: jax.Array, value: float, dtype: jnp.dtype | type) -> jax.Array:
+    """A constant that varies over the same mesh axes as x, so that loops accept it as a carry.
+
+    Under `jax.shard_map` that must be every axis over which anything that the loop reads varies.
+    """
+    return jnp.full_like(x, value, dtype=dtype)

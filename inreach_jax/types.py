@@ -1,0 +1,84 @@
+"""The arrays that flow through the library, as frozen pytrees.
+
+Shape legend, used everywhere:
+
+    B  images in a batch          P  patches per image, Hp * Wp, row-major
+    N  images in a set            D  descriptor dimensions
+    S  seed images                M  bank rows
+
+A channel is identified by an integer in [0, S * P), `seed * P + seed_patch`: the patch of a seed
+image that founded it. Whatever belongs to no channel has the id `UNMATCHED`.
+"""
+
+import dataclasses
+
+import jax
+
+UNMATCHED = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Association:
+    """Mutual nearest neighbours between images and the seed images (paper, section 3.2).
+
+    Image patch p of image j and patch `mutual_seed_patch[s, j, p]` of seed s are each other's
+    nearest; where p has no such partner the entry is `UNMATCHED`. Pairs of images that were not
+    compared (an image with itself) are `UNMATCHED` at distance infinity throughout.
+    """
+
+    mutual_seed_patch: jax.Array  # [S, N, P] int32 in [0, P), or UNMATCHED
+    sq_distance: jax.Array  # [S, N, P] float32, squared, to the nearest patch of seed s
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Members:
+    """Who belongs to which channel.
+
+    Each image patch joins at most one channel, the one of its best seed patch. `patch` is the
+    patch that the channel receives: the image patch itself, or with the released index order
+    (`InReachConfig.index_order`) another one of the same image.
+    """
+
+    channel: jax.Array  # [N, P] int32 in [0, S * P), or UNMATCHED
+    patch: jax.Array  # [N, P] int32 in [0, P)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Channels:
+    """Channels and what the filter left of them. The seed patch counts as a member."""
+
+    span: jax.Array  # [S * P] int32, realizations in the channel before the radius filter
+    spread: jax.Array  # [S * P] float32, the scale that the radius filter compares radii with
+    kept_span: jax.Array  # [S * P] int32, realizations kept; 0 where the channel was dropped
+    multiplicity: jax.Array  # [N, P] int32, kept channels that hold the patch; nominal where > 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NominalBank:
+    """The nominal patches, ready to be searched.
+
+    Rows at and beyond `count` are padding and are never a neighbour. The original descriptors are
+    `rows + centre`. Each nominal patch stands once, in the order of (image, patch).
+    """
+
+    rows: jax.Array  # [M, D] float32, descriptors less `centre`
+    centre: jax.Array  # [D] float32, mean of the nominal descriptors
+    image: jax.Array  # [M] int32, index of the training image that a row comes from
+    patch: jax.Array  # [M] int32, index of its patch
+    multiplicity: jax.Array  # [M] int32, kept channels that hold the patch
+    count: jax.Array  # [] int32, rows in use
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How anomalous images are, and where. Squared descriptor distances, >= 0, higher is odder."""
+
+    image: jax.Array  # [B] float32
+    maps: jax.Array  # [B, H, W] float32, smoothed, at the resolution of the cropped image
+    patches: jax.Array  # [B, Hp, Wp] float32, before upsampling and smoothing
+    nearest: jax.Array  # [B, Hp, Wp] int32, the bank row nearest to each patch

@@ -1,0 +1,284 @@
+"""Decoding: every form of image that is accepted, and every one that is refused, by name."""
+
+import pathlib
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from inreach_jax.datasets import files
+
+RNG_SEED = 0
+
+
+def random_pixels(*shape: int, high: int = 256, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(RNG_SEED).integers(0, high, shape).astype(dtype)
+
+
+def png_header(width: int, height: int, *, colour_type: int = 0) -> bytes:
+    """A PNG that announces a size and holds no pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tiff", "webp"])
+def test_rgb_is_read_as_it_is(tmp_path: pathlib.Path, suffix: str) -> None:
+    pixels = random_pixels(5, 7, 3)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).save(path, **({"lossless": True} if suffix == "webp" else {}))
+    got = files.read_image(str(path))
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, pixels)
+    assert files.image_size(path) == (5, 7)
+
+
+def test_jpeg(tmp_path: pathlib.Path) -> None:
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = 200, 100
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    got = files.read_image(tmp_path / "a.jpg")
+    np.testing.assert_allclose(got.astype(int), pixels, atol=3)
+
+
+def test_greyscale_gets_three_equal_channels(tmp_path: pathlib.Path) -> None:
+    pixels = random_pixels(5, 7)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    got = files.read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(got, np.stack([pixels] * 3, axis=-1))
+    assert got.flags.writeable
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_scaled_by_the_full_range(tmp_path: pathlib.Path, suffix: str) -> None:
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    pixels = np.concatenate([values, random_pixels(3, 6, high=65536, dtype=np.uint16)])
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    got = files.read_image(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(got[0, :, 0], [0, 0, 1, 1, 128, 255])
+    np.testing.assert_array_equal(got[..., 0], np.round(pixels.astype(np.float64) / 257))
+
+
+def test_palette(tmp_path: pathlib.Path) -> None:
+    image = Image.new("P", (4, 2))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1, 1, 0, 1, 0, 0, 1])
+    image.save(tmp_path / "a.png")
+    want = np.array([[10, 20, 30], [200, 100, 50]])[[[0, 1, 1, 0], [1, 0, 0, 1]]]
+    np.testing.assert_array_equal(files.read_image(tmp_path / "a.png"), want)
+
+
+def test_cmyk(tmp_path: pathlib.Path) -> None:
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., 0] = 255  # cyan ink takes the red away
+    Image.frombytes("CMYK", (8, 8), pixels.tobytes()).save(tmp_path / "a.tif")
+    want = np.broadcast_to(np.array([0, 255, 255]), (8, 8, 3))
+    np.testing.assert_array_equal(files.read_image(tmp_path / "a.tif"), want)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_is_dropped_if_opaque_and_refused_otherwise(
+    tmp_path: pathlib.Path, channels: int
+) -> None:
+    pixels = random_pixels(5, 7, channels)
+    pixels[..., -1] = 255
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    want = pixels[..., :-1] if channels == 4 else np.repeat(pixels[..., :1], 3, axis=2)
+    np.testing.assert_array_equal(files.read_image(path), want)
+
+    pixels[3, 2, -1] = 254
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(ValueError, match=r"a\.png: it has transparent pixels; flatten"):
+        files.read_image(path)
+
+
+def test_transparent_colours_are_refused(tmp_path: pathlib.Path) -> None:
+    image = Image.fromarray(random_pixels(5, 7, high=4)).convert("P")
+    image.save(tmp_path / "p.png", transparency=bytes([255, 0]))
+    pixels = random_pixels(5, 7, 3, high=2)
+    pixels[0, 0] = 1, 0, 1
+    Image.fromarray(pixels).save(tmp_path / "rgb.png", transparency=(1, 0, 1))
+    Image.fromarray(pixels[..., 0].astype(np.uint16)).save(tmp_path / "i16.png", transparency=1)
+    for name in ("p.png", "rgb.png", "i16.png"):
+        with pytest.raises(ValueError, match=f"{name}: it has .*transparent"):
+            files.read_image(tmp_path / name)
+
+
+# What has to be done to the stored array, by the EXIF standard.
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: np.swapaxes(a, 0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "16.png"])
+def test_exif_orientation_is_applied(tmp_path: pathlib.Path, orientation: int, suffix: str) -> None:
+    wide = suffix == "16.png"
+    stored = (
+        random_pixels(4, 6, dtype=np.uint16) * np.uint16(257) if wide else random_pixels(4, 6, 3)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(stored).save(path, exif=exif, **options)
+    want = UPRIGHT[orientation](stored)
+    got = files.read_image(path)
+    np.testing.assert_array_equal(got[..., 0], want // 257 if wide else want[..., 0])
+    assert files.image_size(path) == got.shape[:2]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
+def test_truncated(tmp_path: pathlib.Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(random_pixels(32, 32, 3)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: truncated or damaged .*copy it again"):
+        files.read_image(path)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("read", [files.read_image, files.read_mask, files.image_size])
+def test_what_is_no_image(tmp_path: pathlib.Path, read: object) -> None:
+    assert callable(read)
+    (tmp_path / "zero.png").touch()
+    with pytest.raises(ValueError, match=r"zero\.png: the file is empty \(0 bytes\)"):
+        read(tmp_path / "zero.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"text\.png: not a .*PNG.* image"):
+        read(tmp_path / "text.png")
+    Image.fromarray(random_pixels(4, 4)).save(tmp_path / "gif.png", format="GIF")
+    with pytest.raises(ValueError, match=r"gif\.png: not a .*PNG.* image"):
+        read(tmp_path / "gif.png")
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        read(tmp_path / "none.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder\.png"):
+        read(tmp_path / "folder.png")
+
+
+def test_damaged_pixels(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(random_pixels(32, 32, 3)).save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.png: truncated or damaged"):
+        files.read_image(path)
+
+
+# Between one and two times Pillow's limit it only warns; beyond, it raises.
+@pytest.mark.parametrize("side", [10_000, 20_000])
+@pytest.mark.parametrize("action", ["error", "ignore"])
+def test_decompression_bombs(tmp_path: pathlib.Path, side: int, action: str) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_header(side, side))
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)  # type: ignore[arg-type]
+        for read in (files.read_image, files.image_size):
+            with pytest.raises(ValueError, match=r"bomb\.png: suspiciously large .*MAX_IMAGE"):
+                read(tmp_path / "bomb.png")
+
+
+def test_values_of_unknown_range_and_several_frames(tmp_path: pathlib.Path) -> None:
+    pixels = random_pixels(4, 4)
+    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(pixels.astype(np.int32)).save(tmp_path / "int.tif")
+    for name, mode in (("float.tif", "F"), ("int.tif", "I")):
+        with pytest.raises(ValueError, match=rf"{name}: pixels of Pillow's mode {mode} have no"):
+            files.read_image(tmp_path / name)
+    page = Image.fromarray(pixels)
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page, page])
+    with pytest.raises(ValueError, match=r"pages\.tif: it holds 3 frames"):
+        files.read_image(tmp_path / "pages.tif")
+
+
+def test_masks(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "m.png"
+    mask = random_pixels(5, 7)
+    for stored in (mask, np.stack([mask] * 3, axis=-1), mask.astype(np.uint16) * 257):
+        Image.fromarray(stored).save(path)
+        got = files.read_mask(path)
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, mask)
+    bits = random_pixels(5, 7, high=2)
+    for stored in (bits, bits.astype(bool)):  # both mean 0 and 255
+        Image.fromarray(stored).save(path)
+        np.testing.assert_array_equal(files.read_mask(path), bits * 255)
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(path)
+    assert not files.read_mask(path).any()
+    Image.fromarray(random_pixels(5, 7, 3)).save(path)
+    with pytest.raises(ValueError, match=r"m\.png: a mask must be greyscale"):
+        files.read_mask(path)
+
+
+def test_write_png(tmp_path: pathlib.Path) -> None:
+    for shape in ((5, 7), (5, 7, 3)):
+        pixels = random_pixels(*shape)
+        files.write_png(tmp_path / "a.png", pixels)
+        files.write_png(tmp_path / "b.png", pixels.copy())
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+        read = files.read_mask if len(shape) == 2 else files.read_image
+        np.testing.assert_array_equal(read(tmp_path / "a.png"), pixels)
+    for bad in (pixels.astype(np.float32), pixels[None], pixels[..., :2]):
+        with pytest.raises(ValueError, match="pixels must be uint8"):
+            files.write_png(tmp_path / "c.png", bad)
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_a_folder_of_images(tmp_path: pathlib.Path) -> None:
+    sizes = {"b.png": (4, 6), "a.PNG": (5, 5), "c.bmp": (7, 3)}
+    for name, size in sizes.items():
+        Image.fromarray(random_pixels(*size, 3)).save(tmp_path / name)
+    for name in (".DS_Store", "Thumbs.db", "readme.txt", "labels.json"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "__MACOSX").mkdir()
+    paths = files.list_images(tmp_path)
+    assert [path.name for path in paths] == ["a.PNG", "b.png", "c.bmp"]
+
+    images = files.read_images(paths)
+    assert len(images) == 3
+    for _ in range(2):  # it can be iterated again
+        assert [image.shape for image in images] == [(5, 5, 3), (4, 6, 3), (7, 3, 3)]
+    assert images[-1].shape == images[np.int64(2)].shape == (7, 3, 3)
+    assert [image.shape for image in images[1:]] == [(4, 6, 3), (7, 3, 3)]
+    with pytest.raises(IndexError):
+        images[3]
+
+
+def test_images_are_read_when_asked_for(tmp_path: pathlib.Path) -> None:
+    images = files.read_images([tmp_path / "a.png", tmp_path / "none.png"])
+    Image.fromarray(random_pixels(2, 2)).save(tmp_path / "a.png")
+    assert images[0].shape == (2, 2, 3)
+    with pytest.raises(FileNotFoundError):
+        images[1]
+
+
+def test_folders_that_are_none_of_images(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none"):
+        files.list_images(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no images"):
+        files.list_images(tmp_path / "empty")
+    (tmp_path / "empty" / "readme.txt").touch()
+    with pytest.raises(ValueError, match=r"empty holds no images"):
+        files.list_images(tmp_path / "empty")
+    (tmp_path / "empty" / "a.psd").touch()
+    (tmp_path / "empty" / "more").mkdir()
+    with pytest.raises(ValueError, match=r"(?s)a\.psd: not one of .*more: a folder where images"):
+        files.list_images(tmp_path / "empty")
