@@ -25,6 +25,7 @@ class PhaseTimer:
         self._close()
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
+        """Shows a step and counts its time towards its phase."""
         now = time.perf_counter()
         if phase != self._phase or self._bar is None:
             self._close()
@@ -33,6 +34,8 @@ class PhaseTimer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
         self._bar.update(done - self._bar.n)
+        if done == total:
+            self._close()
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -142,8 +143,8 @@ def run_category(
     maps = np.concatenate([s.maps for s in scored])
     masks = crop_masks(dataset.test, config=config)
     _, height, width = scored[0].patches.shape
-    precision, recall = nominal_precision_recall(
-        bank, dataset.train, grid=(height, width), config=config
+    precision, recall = bank_precision_recall(
+        bank, crop_masks(dataset.train, config=config), grid=(height, width), config=config
     )
     write_scores(workdir / "scores.csv", dataset.test, image_scores)
     scale = (float(np.quantile(maps, 0.01)), float(np.quantile(maps, 0.999)))
@@ -179,19 +180,29 @@ def crop_masks(split: Split, *, config: inreach_jax.InReachConfig) -> np.ndarray
     return np.concatenate([_resize_masks(mask[None], config=config) for mask in split.masks])
 
 
-def nominal_precision_recall(
+def bank_precision_recall(
     bank: inreach_jax.NominalBank,
-    train: Split,
+    masks: np.ndarray,
     *,
     grid: tuple[int, int],
     config: inreach_jax.InReachConfig,
 ) -> tuple[float, float]:
-    """How pure the bank is, and how much of what is good it holds."""
+    """How pure a bank is, and how much of what is good it holds.
+
+    Args:
+      bank: Any.
+      masks: [N, h, w] uint8 of the training images, from `crop_masks`.
+      grid: (Hp, Wp).
+      config: That the bank was fitted with.
+
+    Returns:
+      Nominal precision and recall.
+    """
     count = int(bank.count)
     return metrics.nominal_precision_recall(
         np.asarray(bank.image)[:count],
         np.asarray(bank.patch)[:count],
-        crop_masks(train, config=config),
+        masks,
         grid=grid,
         multiplicity=np.asarray(bank.multiplicity)[:count],
         recall=config.recall,
@@ -254,6 +265,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def digest(value: Any) -> str:
+    """A name for a JSON value: equal values have equal names."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def finish(results: Mapping[str, Mapping[str, Any]], *, workdir: pathlib.Path) -> None:

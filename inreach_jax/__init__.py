@@ -12,6 +12,7 @@ from inreach_jax.pipeline import (
     fit,
     fit_descriptors,
     make_score_fn,
+    score_descriptor_set,
     score_images,
 )
 from inreach_jax.types import NominalBank, Scores
@@ -31,5 +32,6 @@ __all__ = [
     "make_score_fn",
     "restore_bank",
     "save_bank",
+    "score_descriptor_set",
     "score_images",
 ]

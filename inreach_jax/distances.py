@@ -10,8 +10,7 @@ Every search follows the same rules.
 - Explicit precision: the default float32 product is TF32 on recent GPUs and bfloat16 on TPUs.
 - Lowest index on ties, in two passes (the minimum, then the lowest index that attains it), because
   `argmin` is 25 times slower than `min` on XLA:CPU. The passes may be fused differently, but they
-  compare bit-identical numbers: norms n and products g are kept from being fused into them, and
-  n - 2g rounds once whether or not it is contracted.
+  compare bit-identical numbers: n - 2g rounds once whether or not it is contracted.
 - Tiled: one product of `tile` rows at a time. The last tile overlaps the one before it rather than
   being padded, so nothing is copied and results do not depend on the tile.
 - Rows where `valid` is False are infinitely far away and are never a neighbour.
@@ -71,22 +70,19 @@ def nearest(
     num_rows = rows.shape[0]
     tile, num_tiles = _even_tiles(num_rows, tile)
     # Which row is nearest is piecewise constant: only the distance to it has a gradient.
-    q, r = lax.stop_gradient(queries), lax.stop_gradient(rows)
-    c = None if centre is None else lax.stop_gradient(centre)
+    q, r = _for_products(queries), _for_products(rows)
+    c = None if centre is None else _for_products(centre)[None, :]
     if c is not None:
-        q = q - c[None, :]
+        q = q - c
     q_norm = _sq_norm(q)
 
     def search(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start = jnp.minimum(i * tile, num_rows - tile)
         block = lax.dynamic_slice_in_dim(r, start, tile)
         if c is not None:
-            block = block - c[None, :]
-        product, norm = lax.optimization_barrier((_product(block, q, precision), _sq_norm(block)))
-        relative = norm[:, None] - 2 * product
-        if (
-            valid is not None
-        ):  # not the norm alone: what stands in rows that are not used may be NaN
+            block = block - c
+        relative = _sq_norm(block)[:, None] - 2 * _product(block, q, precision)
+        if valid is not None:  # not the norm alone: products with rows out of use may be NaN
             usable = lax.dynamic_slice_in_dim(valid, start, tile)
             relative = jnp.where(usable[:, None], relative, jnp.inf)
         value, index = _lowest(relative, axis=0)
@@ -127,9 +123,10 @@ def mutual_nearest(
       ValueError: a shape does not fit, or tile < 1.
     """
     _check_inputs(a=a, b=b, centre=centre, tile=tile)
-    a, b = lax.stop_gradient(a), lax.stop_gradient(b)
+    a, b = _for_products(a), _for_products(b)
     if centre is not None:
-        a, b = a - centre[None, :], b - centre[None, :]
+        c = _for_products(centre)[None, :]
+        a, b = a - c, b - c
     num_rows = a.shape[0]
     tile, num_tiles = _even_tiles(num_rows, tile)
     b_norm = _sq_norm(b)
@@ -140,10 +137,10 @@ def mutual_nearest(
         nearest_b, best = carry
         start = jnp.minimum(i * tile, num_rows - tile)
         block = lax.dynamic_slice_in_dim(a, start, tile)
-        product, norm = lax.optimization_barrier((_product(block, b, precision), _sq_norm(block)))
+        product = _product(block, b, precision)
         # Each direction leaves out the norm that is constant along its axis.
         _, of_block = _lowest(b_norm[None, :] - 2 * product, axis=1)
-        value, index = _lowest(norm[:, None] - 2 * product, axis=0)
+        value, index = _lowest(_sq_norm(block)[:, None] - 2 * product, axis=0)
         nearest_b = lax.dynamic_update_slice_in_dim(nearest_b, of_block, start, axis=0)
         return nearest_b, _closer(best, (value, index + start))
 
@@ -187,6 +184,17 @@ def _even_tiles(num_rows: int, tile: int) -> tuple[int, int]:
     """The largest tile within the limit that splits the rows evenly, so that overlap is small."""
     num_tiles = -(-num_rows // tile)
     return -(-num_rows // num_tiles), num_tiles
+
+
+def _for_products(x: jax.Array) -> jax.Array:
+    """Removes the gradient, and brings x [..., D] to D >= 2.
+
+    XLA writes a product over one dimension into each of the two passes, where the norm is
+    contracted or not, and so rounds differently in each.
+    """
+    if x.shape[-1] == 1:
+        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=-1)
+    return lax.stop_gradient(x)
 
 
 def _product(a: jax.Array, b: jax.Array, precision: lax.Precision) -> jax.Array:

@@ -61,6 +61,16 @@ class DescriptorSet:
             yield slice(start, stop), block
             start = stop
 
+    def select(self, indices: Sequence[int] | np.ndarray) -> "DescriptorSet":
+        """The descriptors of some images, in the order of `indices`, in blocks of the same size."""
+        size = self.blocks[0].shape[0]
+        padded = np.pad(np.asarray(indices), (0, -len(indices) % size), mode="edge")
+        blocks = [
+            jnp.stack([self.blocks[i // size][i % size] for i in chunk])
+            for chunk in padded.reshape(-1, size).tolist()
+        ]
+        return dataclasses.replace(self, blocks=blocks, num_images=len(indices))
+
     def first(self, num: int) -> jax.Array:
         """[num, P, D]: the descriptors of the first images."""
         size = self.blocks[0].shape[0]
@@ -353,9 +363,42 @@ def score_images(
     for crops, num in _crops(images, config=config, batch_size=batch_size):
         scores = _score_crops(backbone.variables, bank, crops, spec=backbone.spec, config=config)
         done += num
-        yield jax.tree.map(lambda x: np.asarray(x)[:num], scores)  # noqa: B023
+        yield _first(scores, num)
         if progress is not None:
             progress("scoring", done, total)
+
+
+def score_descriptor_set(
+    bank: NominalBank,
+    descriptors: DescriptorSet,
+    *,
+    config: InReachConfig,
+    progress: Progress | None = None,
+) -> Iterator[Scores]:
+    """Scores images whose descriptors are known, a block at a time.
+
+    Args:
+      bank: The nominal bank.
+      descriptors: Made with the same backbone and config, and with position if the bank has it.
+      config: That the bank was fitted with.
+      progress: Told after each block, phase "scoring".
+
+    Yields:
+      Scores of the images of each block, as NumPy arrays, in order.
+
+    Raises:
+      ValueError: the bank has another D.
+    """
+    for images, block in descriptors.enumerate():
+        scores = _score_descriptors(bank, block, grid=descriptors.grid, config=config)
+        yield _first(scores, images.stop - images.start)
+        if progress is not None:
+            progress("scoring", images.stop, descriptors.num_images)
+
+
+def _first(scores: Scores, num: int) -> Scores:
+    """The first images' scores, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x)[:num], scores)
 
 
 def _taps(spec: BackboneSpec, config: InReachConfig) -> tuple[int, ...]:
@@ -449,6 +492,7 @@ _resize_and_crop = jax.jit(images_lib.resize_and_crop, static_argnames="config")
 _append_position = jax.jit(descriptors_lib.append_position)
 _append_rows = jax.jit(bank_lib.append_rows, donate_argnums=0)
 _member_radii = jax.jit(channels_lib.member_radii)
+_score_descriptors = jax.jit(scoring.score_descriptors, static_argnames=("grid", "config"))
 _score_crops = jax.jit(score_crops, static_argnames=("spec", "config"))
 
 

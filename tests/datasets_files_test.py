@@ -144,6 +144,28 @@ def test_exif_orientation_is_applied(tmp_path: pathlib.Path, orientation: int, s
     assert files.image_size(path) == got.shape[:2]
 
 
+def test_size_is_known_without_decoding(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png_header(30, 20))
+    assert files.image_size(path) == (20, 30)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        files.read_image(path)
+
+
+def test_exif_behind_the_pixels_of_a_png(tmp_path: pathlib.Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.png"
+    pixels = random_pixels(4, 6)
+    Image.fromarray(pixels).save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4])
+    path.write_bytes(data[:start] + data[stop:-12] + data[start:stop] + data[-12:])
+    assert files.image_size(path) == (6, 4)
+    np.testing.assert_array_equal(files.read_image(path)[..., 0], np.rot90(pixels, -1))
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
 def test_truncated(tmp_path: pathlib.Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
@@ -189,7 +211,7 @@ def test_damaged_pixels(tmp_path: pathlib.Path) -> None:
 def test_decompression_bombs(tmp_path: pathlib.Path, side: int, action: str) -> None:
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
     with warnings.catch_warnings():
-        warnings.simplefilter(action)  # type: ignore[arg-type]
+        warnings.simplefilter(action)
         for read in (files.read_image, files.image_size):
             with pytest.raises(ValueError, match=r"bomb\.png: suspiciously large .*MAX_IMAGE"):
                 read(tmp_path / "bomb.png")

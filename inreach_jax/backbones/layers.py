@@ -1,6 +1,7 @@
 """Layers that the backbones share: frozen, float32, [B, H, W, C].
 
-XLA:CPU's convolution is slow and less exact where a product would do; figures for EfficientNet-Lite0 at 224 x 224, eight images, two cores:
+XLA:CPU's convolution is slow, and less exact, where a product would do. Figures for
+EfficientNet-Lite0 at 224 x 224, eight images, two cores:
 
 - A depthwise convolution is k * k shifted slices times one weight per channel, which XLA fuses into
   a single pass: 41 ms for all 16 blocks, where a grouped convolution takes 835 ms. Accelerators

@@ -376,7 +376,7 @@ def _scratch(rng: np.random.Generator, surface: np.ndarray) -> tuple[np.ndarray,
     opacity = opacity * (176 + _noise(rng, size, size // 8) * 80 // 256) // 256
     mean = int((surface * opacity).sum() // opacity.sum())
     # Blades of grass and edges of stones are light: a scratch has to be lighter to be seen.
-    brightness = mean + rng.integers(80, 130) if rng.integers(2) else mean - rng.integers(55, 110)
+    brightness = mean + rng.integers(105, 146) if rng.integers(2) else mean - rng.integers(55, 110)
     return opacity, np.full((size, size), np.clip(brightness, 0, 255))
 
 

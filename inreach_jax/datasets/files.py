@@ -8,6 +8,7 @@ import contextlib
 import operator
 import os
 import pathlib
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import overload
@@ -83,7 +84,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_image` would return; only the file's header is read.
+    """(height, width) of what `read_image` would return, without decoding pixels.
 
     Raises:
       OSError: the file cannot be opened.
@@ -91,8 +92,12 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with _open(path) as image:
         width, height = image.size
+        if image.format == "PNG" and _metadata_follows_pixels(path):
+            image.load()
+        # Not image.getexif(), which decodes every PNG that has no EXIF in front of its pixels.
+        orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG)
         # Pillow reports TIFF sizes with the orientation applied, the other formats' without.
-        if image.format != "TIFF" and image.getexif().get(_ORIENTATION_TAG) in _SWAPS_SIDES:
+        if image.format != "TIFF" and orientation in _SWAPS_SIDES:
             width, height = height, width
     return height, width
 
@@ -202,6 +207,20 @@ def read_images(paths: Iterable[Path]) -> ImageSequence:
     `read_images(list_images(directory))` is a folder of images.
     """
     return ImageSequence(partial(read_image, path) for path in paths)
+
+
+def _metadata_follows_pixels(path: Path) -> bool:
+    """Whether a PNG has EXIF or XMP behind its pixels, where exiftool puts them."""
+    pixels = False
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"iTXt", b"zTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def list_categories(data_dir: files.Path) -> tuple[str, ...]:
 def load_category(data_dir: files.Path, category: str) -> Dataset:
     """Lists a category and checks it; pixels are read when they are asked for.
 
-    Images are sorted by type, then by name. The headers of all files are read here, so that what is
+    Images are sorted by type, then by name. The sizes of all files are read here, so that what is
     missing or does not fit is known before any long work, all of it at once.
 
     Args:

@@ -1,0 +1,317 @@
+"""Nearest neighbours against float64, where float32 has it hard, and under the transformations."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from inreach_jax import distances
+from tests import oracle
+
+Array = np.ndarray[Any, Any]
+
+_nearest = jax.jit(distances.nearest, static_argnames=("tile", "precision"))
+_mutual_nearest = jax.jit(distances.mutual_nearest, static_argnames=("tile", "precision"))
+
+
+def _random(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@functools.cache
+def _far_and_close() -> tuple[Array, Array, Array, Array]:
+    """Queries, rows, and the truth, of vectors that are long and close together."""
+    rng = np.random.default_rng(1)
+    middle = 0.8 + 0.05 * rng.standard_normal(1024)
+    rows = (middle + 1e-3 * rng.standard_normal((300, 1024))).astype(np.float32)
+    queries = (middle + 1e-3 * rng.standard_normal((120, 1024))).astype(np.float32)
+    index, sq_distance = oracle.nearest(queries, rows)
+    return queries, rows, index, sq_distance
+
+
+@pytest.mark.parametrize(
+    "num_queries, num_rows, dim", [(1, 1, 1), (1, 40, 3), (30, 1, 4), (17, 53, 1), (64, 201, 33)]
+)
+def test_equals_the_oracle(num_queries: int, num_rows: int, dim: int) -> None:
+    queries, rows = _random(num_queries, dim), _random(num_rows, dim, seed=1) + 0.5
+    for centre in (None, rows.mean(axis=0)):
+        value, index = _nearest(queries, rows, centre=centre, tile=20)
+        expected_index, expected = oracle.nearest(queries, rows)
+        assert value.dtype == jnp.float32
+        assert index.dtype == jnp.int32
+        np.testing.assert_array_equal(index, expected_index)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 64, 1024])
+def test_lowest_index_on_ties(dim: int) -> None:
+    rng = np.random.default_rng(2)
+    rows = np.abs(_random(12, dim))[rng.integers(0, 12, 130)]
+    queries = np.concatenate([rows[rng.integers(0, 130, 20)], np.abs(_random(25, dim, seed=3))])
+    expected, _ = oracle.nearest(queries, rows)
+    assert len(set(expected.tolist())) <= 12 < len(rows)
+    for tile in (7, 50, 200):
+        value, index = _nearest(queries, rows, centre=rows.mean(axis=0), tile=tile)
+        np.testing.assert_array_equal(index, expected)
+        assert not np.asarray(value[:20]).any()  # copies are at distance 0 exactly
+
+
+def test_long_vectors_that_are_close_together() -> None:
+    queries, rows, expected_index, expected = _far_and_close()
+    value, index = _nearest(queries, rows, centre=rows.mean(axis=0))
+    assert (np.asarray(index) == expected_index).mean() >= 0.99
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # Without a centre the same search picks rows almost at random, so this test has teeth.
+    _, uncentred = _nearest(queries, rows)
+    assert (np.asarray(uncentred) == expected_index).mean() < 0.2
+
+
+@pytest.mark.parametrize("mantissa_bits", [10, 7], ids=["TF32", "bfloat16"])
+def test_centred_vectors_survive_reduced_precision(mantissa_bits: int) -> None:
+    # What an accelerator's default product does: it rounds what it multiplies.
+    queries, rows, expected_index, expected = _far_and_close()
+    centre = rows.mean(axis=0)
+
+    def agreement(queries: Array, rows: Array) -> float:
+        rounded = [lax.reduce_precision(x, 8, mantissa_bits) for x in (queries, rows)]
+        _, index = _nearest(*rounded)
+        # Among nearly equal distances the choice is free: what counts is how near the choice is.
+        chosen = ((queries.astype(np.float64) - rows[np.asarray(index)]) ** 2).sum(axis=1)
+        return float(np.mean(chosen <= expected * 1.005))
+
+    assert agreement(queries - centre, rows - centre) >= 0.95
+    assert agreement(queries, rows) < 0.2
+
+
+def test_distance_does_not_depend_on_the_precision_of_the_products() -> None:
+    queries, rows = _random(9, 6), _random(25, 6, seed=1)
+    precise = _nearest(queries, rows)
+    fast = _nearest(queries, rows, precision=lax.Precision.DEFAULT)
+    np.testing.assert_array_equal(precise[0], fast[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 23, 230])
+def test_tile_makes_no_difference(num_rows: int) -> None:
+    queries, rows = _random(31, 40), _random(num_rows, 40, seed=1)
+    centre, valid = rows.mean(axis=0), np.arange(num_rows) % 3 < 2
+    results = [
+        jax.tree.map(
+            np.asarray,
+            (
+                _nearest(queries, rows, centre=centre, valid=valid, tile=tile),
+                _mutual_nearest(queries, rows, centre=centre, tile=tile),
+                _mutual_nearest(rows, queries, centre=centre, tile=tile),
+            ),
+        )
+        for tile in (1, 7, 200, num_rows + 100)
+    ]
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, results[0])
+
+
+def test_rows_that_are_not_valid_are_never_a_neighbour() -> None:
+    queries, rows = _random(11, 5), _random(40, 5, seed=1)
+    valid = np.random.default_rng(0).random(40) < 0.4
+    expected_index, expected = oracle.nearest(queries, rows[valid])
+    rows[np.flatnonzero(~valid)[0]] = queries[0]  # as near as can be
+    for garbage in (None, np.nan, np.inf, 1e30):
+        if garbage is not None:
+            rows[~valid] = garbage
+        value, index = _nearest(queries, rows, valid=valid, tile=16)
+        np.testing.assert_array_equal(index, np.flatnonzero(valid)[expected_index])
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_no_valid_row() -> None:
+    value, index = _nearest(_random(3, 5), _random(9, 5), valid=np.zeros(9, bool), tile=4)
+    np.testing.assert_array_equal(value, [np.inf] * 3)
+    np.testing.assert_array_equal(index, [0] * 3)
+
+
+def test_nan_query_stays_nan_and_to_itself() -> None:
+    queries, rows = _random(11, 5), _random(40, 5, seed=1)
+    expected = jax.tree.map(np.array, _nearest(queries, rows, tile=16))
+    queries[4, 2] = np.nan
+    for valid in (None, np.ones(40, bool), np.zeros(40, bool)):
+        value, index = map(np.asarray, _nearest(queries, rows, valid=valid, tile=16))
+        assert np.isnan(value[4])
+        assert 0 <= index[4] < 40
+        if valid is None or valid.all():
+            others = np.arange(11) != 4
+            np.testing.assert_array_equal(value[others], expected[0][others])
+            np.testing.assert_array_equal(index[others], expected[1][others])
+
+
+@pytest.mark.parametrize("row", [0, 20, 39])
+def test_nan_row_does_not_hide(row: int) -> None:
+    rows = _random(40, 5)
+    rows[row, 0] = np.nan
+    value, index = map(np.asarray, _nearest(_random(6, 5, seed=1), rows, tile=16))
+    assert np.isnan(value).all()
+    assert ((index >= 0) & (index < 40)).all()
+
+
+def test_gradient_is_that_of_the_nearest_distance() -> None:
+    queries, rows = _random(7, 4), _random(20, 4, seed=1)
+    centre = rows.mean(axis=0)
+
+    def total(queries: jax.Array, rows: jax.Array, centre: jax.Array) -> jax.Array:
+        return jnp.sum(distances.nearest(queries, rows, centre=centre, tile=6)[0])
+
+    of_queries, of_rows, of_centre = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(
+        queries, rows, centre
+    )
+    index, _ = oracle.nearest(queries, rows)
+    expected = 2 * (queries - rows[index])
+    np.testing.assert_allclose(of_queries, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        of_rows, -np.eye(20, dtype=np.float32)[index].T @ expected, rtol=1e-5, atol=1e-6
+    )
+    assert not np.asarray(of_centre).any()  # it moves both sides alike
+
+
+def test_vmap_over_either_side() -> None:
+    queries, rows = _random(3, 6, 4), _random(3, 21, 4, seed=1)
+    valid = np.random.default_rng(0).random((3, 21)) < 0.7
+
+    def search(q: jax.Array, r: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return distances.nearest(q, r, valid=v, tile=8)
+
+    for axes in ((0, 0, 0), (0, None, None), (None, 0, 0), (None, None, 0)):
+        args = [
+            x if axis == 0 else x[0] for x, axis in zip((queries, rows, valid), axes, strict=True)
+        ]
+        value, index = jax.jit(jax.vmap(search, in_axes=axes))(*args)
+        for i in range(3):
+            one = [x[i] if axis == 0 else x for x, axis in zip(args, axes, strict=True)]
+            expected_value, expected_index = search(*map(jnp.asarray, one))
+            np.testing.assert_allclose(value[i], expected_value, rtol=1e-6)
+            np.testing.assert_array_equal(index[i], expected_index)
+
+
+def _sharded(
+    f: Callable[..., Any], specs: tuple[PartitionSpec, ...], out: PartitionSpec
+) -> Callable[..., Any]:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out))
+
+
+def test_sharded_over_queries() -> None:
+    queries, rows, centre = _random(24, 5), _random(19, 5, seed=1), _random(5)
+    valid = np.arange(19) != 3
+
+    def search(q: Any, r: Any, v: Any, c: Any) -> Any:
+        return distances.nearest(q, r, valid=v, centre=c, tile=8)
+
+    whole, split = PartitionSpec(), PartitionSpec("x")
+    value, index = _sharded(search, (split, whole, whole, whole), split)(
+        queries, rows, valid, centre
+    )
+    expected_index, expected = oracle.nearest(queries, rows[valid])
+    np.testing.assert_array_equal(index, np.flatnonzero(valid)[expected_index])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_sharded_over_rows() -> None:
+    # The recipe for a bank that is spread over devices: the lowest distance wins, and where two
+    # are equal the lowest index.
+    queries, rows = _random(6, 5), _random(40, 5, seed=1)
+    rows[33], rows[7] = queries[0], queries[0]
+    valid = np.arange(40) != 21
+
+    def search(q: Any, r: Any, v: Any) -> Any:
+        value, index = distances.nearest(q, r, valid=v, tile=2)
+        lowest = lax.pmin(value, "x")
+        index = index + lax.axis_index("x") * r.shape[0]
+        return lowest, lax.pmin(jnp.where(value == lowest, index, rows.shape[0]), "x")
+
+    whole, split = PartitionSpec(), PartitionSpec("x")
+    value, index = _sharded(search, (whole, split, split), whole)(queries, rows, valid)
+    expected_index, expected = oracle.nearest(queries, rows[valid])
+    np.testing.assert_array_equal(index, np.flatnonzero(valid)[expected_index])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert int(index[0]) == 7
+
+
+@pytest.mark.parametrize("split_first", [True, False])
+def test_mutual_search_within_shards(split_first: bool) -> None:
+    a, b = _random(16, 5), _random(16, 5, seed=1)
+    whole, split = PartitionSpec(), PartitionSpec("x")
+    specs = (split, whole) if split_first else (whole, split)
+    nearest_b, nearest_a = _sharded(distances.mutual_nearest, specs, split)(a, b)
+    for i in range(8):
+        part = slice(2 * i, 2 * i + 2)
+        pair = (a[part], b) if split_first else (a, b[part])
+        num_a, num_b = (len(x) for x in pair)
+        there, back = oracle.nearest(*pair)[0], oracle.nearest(*pair[::-1])[0]
+        np.testing.assert_array_equal(nearest_b[i * num_a : (i + 1) * num_a], there)
+        np.testing.assert_array_equal(nearest_a[i * num_b : (i + 1) * num_b], back)
+
+
+@pytest.mark.parametrize("num_a, num_b, dim", [(1, 1, 2), (1, 9, 3), (50, 37, 8), (40, 40, 1)])
+def test_mutual_neighbours_equal_the_oracle(num_a: int, num_b: int, dim: int) -> None:
+    a, b = _random(num_a, dim), _random(num_b, dim, seed=1)
+    a[num_a // 2 :: 3] = a[0]  # ties
+    for centre in (None, a.mean(axis=0)):
+        nearest_b, nearest_a = _mutual_nearest(a, b, centre=centre, tile=16)
+        np.testing.assert_array_equal(nearest_b, oracle.nearest(a, b)[0])
+        np.testing.assert_array_equal(nearest_a, oracle.nearest(b, a)[0])
+        mutual = distances.mutual_partner(nearest_b, nearest_a)
+        expected, _ = oracle.mutual_nearest(a, b)
+        np.testing.assert_array_equal(np.where(mutual, nearest_b, -1), expected)
+        if num_a > 1 and num_b > 9:
+            assert 0 < np.asarray(mutual).sum() < num_a
+
+
+def test_mutual_neighbours_of_long_vectors_that_are_close_together() -> None:
+    a, b, expected, _ = _far_and_close()
+    nearest_b, nearest_a = _mutual_nearest(a, b, centre=b.mean(axis=0))
+    assert (np.asarray(nearest_b) == expected).mean() >= 0.99
+    assert (np.asarray(nearest_a) == oracle.nearest(b, a)[0]).mean() >= 0.99
+    uncentred, _ = _mutual_nearest(a, b)
+    assert (np.asarray(uncentred) == expected).mean() < 0.2
+
+
+def test_mutual_partner_by_hand() -> None:
+    there, back = jnp.array([2, 0, 0], jnp.int32), jnp.array([2, 1, 0, 0], jnp.int32)
+    np.testing.assert_array_equal(distances.mutual_partner(there, back), [True, False, True])
+
+
+@pytest.mark.parametrize(
+    "names, function",
+    [(("queries", "rows"), distances.nearest), (("a", "b"), distances.mutual_nearest)],
+    ids=["nearest", "mutual_nearest"],
+)
+def test_shapes_are_checked(names: tuple[str, str], function: Callable[..., Any]) -> None:
+    x = jnp.zeros((3, 4))
+    for bad in (x[0], x[None], x[:0]):
+        with pytest.raises(ValueError, match=rf"^{names[0]} must be .*{bad.shape[0]}"):
+            function(bad, x)
+        with pytest.raises(ValueError, match=rf"^{names[1]} must be"):
+            function(x, bad)
+    with pytest.raises(ValueError, match=f"{names[0]} and {names[1]} .* 4 and 3"):
+        function(x, x[:, :3])
+    for centre in (x[0, :3], x[:1], x):
+        with pytest.raises(ValueError, match=r"^centre must have shape \(4,\)"):
+            function(x, x, centre=centre)
+    with pytest.raises(ValueError, match="^tile must be >= 1; got 0"):
+        function(x, x, tile=0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (3, 1), ()])
+def test_shape_of_valid_is_checked(shape: tuple[int, ...]) -> None:
+    x = jnp.zeros((3, 4))
+    with pytest.raises(ValueError, match=r"^valid must have shape \(3,\)"):
+        distances.nearest(x, x, valid=jnp.ones(shape, bool))
+
+
+def test_squared_distance_keeps_its_bits() -> None:
+    queries, rows, index, expected = _far_and_close()
+    value = distances.squared_distance(jnp.asarray(queries), jnp.asarray(rows[index]))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
