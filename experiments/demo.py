@@ -9,16 +9,25 @@ works; how well it does on real defects, only a set such as MVTec AD can show.
 Expected: see README.md.
 """
 
+import numpy as np
 from absl import flags
 
 import inreach_jax
 from experiments import config_flags, runner
-from inreach_jax.datasets import demo
+from inreach_jax.datasets import demo, read_image
+from inreach_jax.datasets.files import write_png
 
 _WORKDIR = flags.DEFINE_string("workdir", "results/demo", "Folder for the results.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the crops and the defects.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1)
 config_flags.define()
+
+# Two heat maps of each surface, as `scratch_000` is the first image with a scratch.
+_OVERVIEW = {
+    "brick": ("scratch_000", "blot_001"),
+    "grass": ("cut_paste_000", "missing_part_000"),
+    "gravel": ("missing_part_001", "good_000"),
+}
 
 
 def main() -> None:
@@ -40,7 +49,18 @@ def main() -> None:
             workdir=runner.make_workdir(workdir / category),
             batch_size=_BATCH_SIZE.value,
         )
+    overview = np.concatenate(
+        [
+            np.concatenate(
+                [read_image(workdir / category / "heatmaps" / f"test_{name}.png") for name in names],
+                axis=1,
+            )
+            for category, names in _OVERVIEW.items()
+        ]
+    )
+    write_png(workdir / "overview.png", overview)
     runner.finish(results, workdir=workdir)
+    print("overview.png there shows some of them: image, heat map, truth; twice in a row.")
     print("The defects are synthetic: these figures say nothing about real ones.")
 
 

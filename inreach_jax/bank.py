@@ -51,7 +51,7 @@ def make_bank(rows: jax.Array, *, multiplicity: np.ndarray) -> NominalBank:
     valid = (jnp.arange(rows.shape[0]) < count)[:, None]
     centre = jnp.sum(jnp.where(valid, rows, 0), axis=0) / count
     return NominalBank(
-        rows=jnp.where(valid, rows - centre, 0),
+        rows=jnp.where(valid, rows - centre[None, :], 0),
         centre=centre,
         image=jnp.asarray(np.pad(image.astype(np.int32), padding)),
         patch=jnp.asarray(np.pad(patch.astype(np.int32), padding)),

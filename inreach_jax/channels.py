@@ -61,10 +61,12 @@ def member_radii(
     Returns:
       [B, P] float32, Euclidean; meaningless where a patch is unmatched.
     """
-    means = seeds.reshape(-1, seeds.shape[-1]) + mean_offset
-    segment = _segments(members, means.shape[0])
-    mean = jnp.take(means, segment, axis=0, mode="clip")
-    return jnp.sqrt(distances.squared_distance(_received(images, members), mean))
+    founders = seeds.reshape(-1, seeds.shape[-1])
+    segment = _segments(members, founders.shape[0])
+    founder = jnp.take(founders, segment, axis=0, mode="clip")
+    offset = jnp.take(mean_offset, segment, axis=0, mode="clip")
+    # Not the mean itself: far from the origin it would be rounded as coarsely as the descriptors.
+    return jnp.sqrt(distances.squared_distance(_received(images, members) - founder, offset))
 
 
 def filter_channels(

@@ -110,17 +110,13 @@ def restore_bank(
         raise ValueError(f"the bank at {path} has no readable manifest: {error}") from error
     config = _check_manifest(manifest, path=path, backbone=backbone)
     expected = manifest["arrays"]
-    target = {
-        name: jax.ShapeDtypeStruct(tuple(spec["shape"]), np.dtype(spec["dtype"]))
-        for name, spec in expected.items()
-    }
     try:
         stored = _orbax().metadata(path).metadata
-        # Orbax would cast and reshape silently to whatever it is asked for.
+        # What is stored is asked for: Orbax would cast silently to anything else.
         actual = {name: _spec(x) for name, x in stored.items()}
         if actual != expected:
             raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
-        arrays = {name: np.asarray(x) for name, x in _orbax().load(path, target).items()}
+        arrays = {name: np.asarray(x) for name, x in _orbax().load(path, stored).items()}
     except Exception as error:
         raise ValueError(
             f"the bank at {path} is damaged: {error}. Restore a copy or fit again"

@@ -119,9 +119,10 @@ def is_positional(mean_image: jax.Array) -> jax.Array:
     top, left = (height - side) // 2, (width - side) // 2
     x = mean_image[top : top + side, left : left + side].astype(jnp.float16)
     difference = x - x.swapaxes(0, 1)
-    # Squares reach 65,025, just inside float16; their mean is taken in float32.
+    # Squares reach 65,025, just inside float16; their mean is taken in float32 and then rounded.
     squares = (difference * difference).astype(jnp.float32)
-    return jnp.mean(squares) >= _POSITIONAL_THRESHOLD
+    mean = lax.reduce_precision(jnp.mean(squares), exponent_bits=5, mantissa_bits=10)
+    return mean >= _POSITIONAL_THRESHOLD
 
 
 def _split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ def score_patches(
             f"descriptors must be [B, P, {bank.rows.shape[-1]}], the bank's D; got "
             f"{descriptors.shape}. Was the bank fitted with another backbone or configuration?"
         )
-    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre
+    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
     valid = jnp.arange(bank.rows.shape[0]) < bank.count
     value, index = distances.nearest(
         queries, bank.rows, valid=valid, tile=tile, precision=precision
