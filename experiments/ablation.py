@@ -18,11 +18,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+import matplotlib.figure
 import numpy as np
 from absl import flags
 from tabulate import tabulate
@@ -77,6 +73,8 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "channel length > 12": {"min_channel_length": 12},
     "rms filter at 1.5": {"radius_filter": "rms", "max_channel_std": 1.5},
     "position on": {"positional": "on"},
+    "aligned": {"alignment": "rotation"},
+    "aligned, position on": {"alignment": "rotation", "positional": "on"},
     "128 dimensions": {"descriptor_dim": 128},
     "64 dimensions": {"descriptor_dim": 64},
     "smoothing 0": {"smoothing_sigma": 0.0},
@@ -105,7 +103,16 @@ def variants() -> dict[str, inreach_jax.InReachConfig]:
 def feature_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
     """The config with everything at its default that descriptors do not depend on."""
     names = (
-        *("resize", "crop", "antialias", "channel_order", "normalization", "batch_norm", "taps"),
+        *(
+            "resize",
+            "crop",
+            "antialias",
+            "alignment",
+            "channel_order",
+            "normalization",
+            "batch_norm",
+            "taps",
+        ),
         *("level_dim", "descriptor_dim", "positional", "position_weight"),
     )
     return inreach_jax.InReachConfig(**{name: getattr(config, name) for name in names})
@@ -148,6 +155,7 @@ def noise_split(
 def run_cell(
     descriptors: inreach_jax.DescriptorSet,
     masks: np.ndarray,
+    aligned_masks: np.ndarray,
     *,
     train: np.ndarray,
     test: np.ndarray,
@@ -170,7 +178,7 @@ def run_cell(
     precision, recall = runner.bank_precision_recall(
         # Of recall only one definition is comparable.
         bank,
-        masks[train],
+        aligned_masks[train],
         grid=descriptors.grid,
         config=config.replace(recall="patches"),
     )
@@ -209,7 +217,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], workdir: pathlib.Path) -> st
     )
     (workdir / "table.md").write_text(table, encoding="utf-8")
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.28 * len(names) + 1.2), sharey=True)
+    figure = matplotlib.figure.Figure(figsize=(11, 0.28 * len(names) + 1.2))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, measure in zip(axes, ("image_auroc", "aupro"), strict=True):
         for ratio in ratios:
             axis.plot(
@@ -227,7 +236,6 @@ def write_report(rows: Sequence[Mapping[str, Any]], workdir: pathlib.Path) -> st
     axes[1].legend(title="anomalous share\nof training images", loc="best")
     figure.tight_layout()
     figure.savefig(workdir / "figure.png", dpi=120)
-    plt.close(figure)
     return table
 
 
@@ -300,12 +308,24 @@ def main() -> None:
                 progress=timer,
             )
         masks = runner.crop_masks(every, config=features)
+        # The bank's patches are where the aligned images have them; maps are turned back.
+        aligned_masks = masks
+        if descriptors.reference is not None:
+            aligned_masks = runner.crop_masks(
+                every, config=features, reference=descriptors.reference
+            )
         for name, ratio, seed in group:
             print(f"{name}, {ratio:.0%} anomalous, seed {seed}")
             train, test = splits[ratio, seed]
             with PhaseTimer() as timer:
                 result = run_cell(
-                    descriptors, masks, train=train, test=test, config=chosen[name], progress=timer
+                    descriptors,
+                    masks,
+                    aligned_masks,
+                    train=train,
+                    test=test,
+                    config=chosen[name],
+                    progress=timer,
                 )
             row = row_of(name, ratio, seed)
             runner.write_json(path_of(row), row | result | {"versions": runner.versions()})

@@ -52,7 +52,10 @@ def main() -> None:
     overview = np.concatenate(
         [
             np.concatenate(
-                [read_image(workdir / category / "heatmaps" / f"test_{name}.png") for name in names],
+                [
+                    read_image(workdir / category / "heatmaps" / f"test_{name}.png")
+                    for name in names
+                ],
                 axis=1,
             )
             for category, names in _OVERVIEW.items()

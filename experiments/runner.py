@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import app, flags, logging
@@ -26,7 +27,7 @@ from experiments.progress import PhaseTimer
 from inreach_jax import metrics
 from inreach_jax.datasets import Dataset, Split
 from inreach_jax.datasets.files import write_png
-from inreach_jax.images import resize_and_crop, resize_and_crop_masks
+from inreach_jax.images import best_rotation, resize_and_crop, resize_and_crop_masks, rotate
 
 _TABLE = (
     "image_auroc",
@@ -42,6 +43,13 @@ _TABLE = (
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "orbax-checkpoint", "inreach-jax")
 
 _resize_masks = jax.jit(resize_and_crop_masks, static_argnames="config")
+_turn_mask = jax.jit(
+    lambda image, reference, mask: (
+        rotate(mask[..., None].astype(jnp.float32), best_rotation(image, reference))[..., 0]
+        .round()
+        .astype(jnp.uint8)
+    )
+)
 _resize_images = jax.jit(resize_and_crop, static_argnames="config")
 
 
@@ -144,7 +152,10 @@ def run_category(
     masks = crop_masks(dataset.test, config=config)
     _, height, width = scored[0].patches.shape
     precision, recall = bank_precision_recall(
-        bank, crop_masks(dataset.train, config=config), grid=(height, width), config=config
+        bank,
+        crop_masks(dataset.train, config=config, reference=bank.reference),
+        grid=(height, width),
+        config=config,
     )
     write_scores(workdir / "scores.csv", dataset.test, image_scores)
     scale = (float(np.quantile(maps, 0.01)), float(np.quantile(maps, 0.999)))
@@ -175,9 +186,26 @@ def run_category(
     return result
 
 
-def crop_masks(split: Split, *, config: inreach_jax.InReachConfig) -> np.ndarray:
-    """[N, h, w] uint8: the masks as the maps see the images, edges blurred."""
-    return np.concatenate([_resize_masks(mask[None], config=config) for mask in split.masks])
+def crop_masks(
+    split: Split, *, config: inreach_jax.InReachConfig, reference: jax.Array | None = None
+) -> np.ndarray:
+    """Masks as the maps see the images.
+
+    Args:
+      split: N images and masks.
+      config: Uses `resize`, `crop` and `antialias`.
+      reference: That images were aligned to, to turn each mask with its image; None to leave it.
+
+    Returns:
+      [N, h, w] uint8, edges blurred.
+    """
+    masks = [_resize_masks(mask[None], config=config) for mask in split.masks]
+    if reference is not None:
+        masks = [
+            _turn_mask(_resize_images(image[None], config=config), reference, mask)
+            for image, mask in zip(split.images, masks, strict=True)
+        ]
+    return np.concatenate(masks)
 
 
 def bank_precision_recall(

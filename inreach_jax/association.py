@@ -99,7 +99,7 @@ def select_members(association: Association, *, config: InReachConfig) -> Member
 
 def _argmin_first_axis(x: jax.Array) -> jax.Array:
     """[S, ...] -> [...] int32, lowest index on ties; S is small."""
-    attains = x == jnp.min(x, axis=0)
+    attains = x == jnp.min(x, axis=0, keepdims=True)
     index = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     # Where x is NaN nothing attains the minimum: fall back to the first seed, which is in range.
     return jnp.min(jnp.where(attains, index, x.shape[0]), axis=0) % x.shape[0]

@@ -35,12 +35,15 @@ def append_rows(
     return rows, count + jnp.sum(nominal, dtype=jnp.int32)
 
 
-def make_bank(rows: jax.Array, *, multiplicity: np.ndarray) -> NominalBank:
+def make_bank(
+    rows: jax.Array, *, multiplicity: np.ndarray, reference: jax.Array | None = None
+) -> NominalBank:
     """A bank of rows in the order of (image, patch).
 
     Args:
       rows: [M, D] float32, M >= the number of nominal patches; the rest is padding.
       multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
+      reference: [h, w, 3] float32 that images were aligned to, if they were.
 
     Returns:
       The bank, with padding rows set to the centre.
@@ -57,4 +60,5 @@ def make_bank(rows: jax.Array, *, multiplicity: np.ndarray) -> NominalBank:
         patch=jnp.asarray(np.pad(patch.astype(np.int32), padding)),
         multiplicity=jnp.asarray(np.pad(multiplicity[image, patch].astype(np.int32), padding)),
         count=jnp.asarray(count, jnp.int32),
+        reference=reference,
     )

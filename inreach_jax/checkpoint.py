@@ -54,7 +54,7 @@ def save_bank(
     arrays = {
         field.name: np.asarray(getattr(bank, field.name))
         for field in dataclasses.fields(bank)
-        if field.name != "count"
+        if field.name != "count" and getattr(bank, field.name) is not None
     }
     arrays |= {name: arrays[name][:count] for name in _PER_ROW}
     if not (np.isfinite(arrays["rows"]).all() and np.isfinite(arrays["centre"]).all()):

@@ -16,6 +16,8 @@ class InReachConfig:
       resize: Height and width that images are resized to, in pixels.
       crop: Height and width of the central crop of the resized image.
       antialias: Whether the resize low-pass filters when it shrinks (released: no).
+      alignment: "rotation" turns each image, in steps of a degree, to where it matches the first
+        training image best over the central half (in the paper, but off in the released code).
       channel_order: Order in which colours reach the backbone (released: "bgr").
       normalization: "backbone" for what the backbone was trained with, or "released" for
         (x / 255 - [.456, .406, .485]) / [.229, .224, .225] in channel order.
@@ -53,6 +55,7 @@ class InReachConfig:
     resize: tuple[int, int] = (256, 256)
     crop: tuple[int, int] = (224, 224)
     antialias: bool = True
+    alignment: Literal["none", "rotation"] = "none"
     channel_order: Literal["rgb", "bgr"] = "rgb"
     normalization: Literal["backbone", "released"] = "backbone"
     batch_norm: Literal["running", "image"] = "running"

@@ -46,12 +46,16 @@ class DescriptorSet:
       num_images: N.
       grid: (Hp, Wp).
       positional: Whether position is appended.
+      reference: [h, w, 3] float32 that the images were aligned to, if they were.
+      angles: One [B] float32 per block, degrees that the images were turned by, if they were.
     """
 
     blocks: Sequence[jax.Array]
     num_images: int
     grid: tuple[int, int]
     positional: bool
+    reference: jax.Array | None = None
+    angles: Sequence[jax.Array] | None = None
 
     def enumerate(self) -> Iterator[tuple[slice, jax.Array]]:
         """Each block with the images in it, the padding of the last one not counted."""
@@ -65,11 +69,17 @@ class DescriptorSet:
         """The descriptors of some images, in the order of `indices`, in blocks of the same size."""
         size = self.blocks[0].shape[0]
         padded = np.pad(np.asarray(indices), (0, -len(indices) % size), mode="edge")
-        blocks = [
-            jnp.stack([self.blocks[i // size][i % size] for i in chunk])
-            for chunk in padded.reshape(-1, size).tolist()
-        ]
-        return dataclasses.replace(self, blocks=blocks, num_images=len(indices))
+        chunks = padded.reshape(-1, size).tolist()
+
+        def pick(blocks: Sequence[jax.Array]) -> list[jax.Array]:
+            return [jnp.stack([blocks[i // size][i % size] for i in chunk]) for chunk in chunks]
+
+        return dataclasses.replace(
+            self,
+            blocks=pick(self.blocks),
+            num_images=len(indices),
+            angles=None if self.angles is None else pick(self.angles),
+        )
 
     def first(self, num: int) -> jax.Array:
         """[num, P, D]: the descriptors of the first images."""
@@ -158,11 +168,19 @@ def score_crops(
     Raises:
       ValueError: the bank's D is not that of this backbone and config.
     """
+    angles = None
+    if config.alignment == "rotation":
+        if bank.reference is None:
+            raise ValueError(
+                "config.alignment is 'rotation', but the bank was fitted without it and has no "
+                "reference; use the config that the bank was fitted with"
+            )
+        crops, angles = images_lib.align(crops, bank.reference)
     descriptors, grid = describe_crops(variables, crops, spec=spec, config=config)
     if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
         where = descriptors_lib.position(grid, weight=config.position_weight)
         descriptors = descriptors_lib.append_position(descriptors, where)
-    return scoring.score_descriptors(bank, descriptors, grid=grid, config=config)
+    return scoring.score_descriptors(bank, descriptors, grid=grid, config=config, angles=angles)
 
 
 def extract(
@@ -171,6 +189,7 @@ def extract(
     *,
     config: InReachConfig,
     positional: bool | None = None,
+    reference: jax.Array | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> DescriptorSet:
@@ -181,6 +200,8 @@ def extract(
       images: N >= 1 of them.
       config: All options up to `position_weight` are used.
       positional: Whether to append position; None for what `config.positional` says.
+      reference: [h, w, 3] float32 to align to where `config.alignment` asks for it; None for the
+        first image.
       batch_size: B, images per block.
       progress: Told after each block, phase "features".
 
@@ -195,9 +216,18 @@ def extract(
     _taps(spec, config)
     total = _length(images)
     blocks: list[jax.Array] = []
+    angles: list[jax.Array] | None = None
+    if config.alignment == "none":
+        reference = None
+    else:
+        angles = []
     crop_sum = jnp.zeros((*config.crop, 3), jnp.float32)
     done = 0
     for crops, num in _crops(images, config=config, batch_size=batch_size):
+        if angles is not None:
+            reference = crops[0] if reference is None else reference
+            crops, turned_by = _align(crops, reference)
+            angles.append(turned_by)
         block, finite, block_sum = _extract_block(
             backbone.variables, crops, np.arange(batch_size) < num, spec=spec, config=config
         )
@@ -222,7 +252,14 @@ def extract(
         where = descriptors_lib.position(grid, weight=config.position_weight)
         for i, block in enumerate(blocks):  # one at a time: the set is not held twice
             blocks[i] = _append_position(block, where)
-    return DescriptorSet(blocks=blocks, num_images=done, grid=grid, positional=positional)
+    return DescriptorSet(
+        blocks=blocks,
+        num_images=done,
+        grid=grid,
+        positional=positional,
+        reference=reference,
+        angles=angles,
+    )
 
 
 def fit_descriptors(
@@ -297,7 +334,9 @@ def _collect(
         nominal[: images.stop - images.start] = multiplicity[images] > 0
         rows, count = _append_rows(rows, count, block, nominal)
         progress("bank", images.stop, descriptors.num_images)
-    return bank_lib.make_bank(rows[:capacity], multiplicity=multiplicity)
+    return bank_lib.make_bank(
+        rows[:capacity], multiplicity=multiplicity, reference=descriptors.reference
+    )
 
 
 def fit(
@@ -389,8 +428,11 @@ def score_descriptor_set(
     Raises:
       ValueError: the bank has another D.
     """
-    for images, block in descriptors.enumerate():
-        scores = _score_descriptors(bank, block, grid=descriptors.grid, config=config)
+    angles: Iterable[jax.Array | None] = descriptors.angles or [None] * len(descriptors.blocks)
+    for (images, block), turned_by in zip(descriptors.enumerate(), angles, strict=True):
+        scores = _score_descriptors(
+            bank, block, grid=descriptors.grid, config=config, angles=turned_by
+        )
         yield _first(scores, images.stop - images.start)
         if progress is not None:
             progress("scoring", images.stop, descriptors.num_images)
@@ -489,6 +531,7 @@ def _batched(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarra
 
 
 _resize_and_crop = jax.jit(images_lib.resize_and_crop, static_argnames="config")
+_align = jax.jit(images_lib.align)
 _append_position = jax.jit(descriptors_lib.append_position)
 _append_rows = jax.jit(bank_lib.append_rows, donate_argnums=0)
 _member_radii = jax.jit(channels_lib.member_radii)

@@ -10,6 +10,7 @@ from jax import lax
 
 from inreach_jax import distances
 from inreach_jax.config import InReachConfig
+from inreach_jax.images import rotate
 from inreach_jax.types import NominalBank, Scores
 
 _TRUNCATE = 4.0  # standard deviations, SciPy's default, which the published figures were made with
@@ -83,6 +84,7 @@ def score_descriptors(
     *,
     grid: tuple[int, int],
     config: InReachConfig,
+    angles: jax.Array | None = None,
     tile: int = distances.DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> Scores:
@@ -93,6 +95,8 @@ def score_descriptors(
       descriptors: [B, Hp * Wp, D] float32.
       grid: (Hp, Wp).
       config: Uses `crop`, `upsampling` and `smoothing_sigma`.
+      angles: [B] float32, degrees that the images were turned by, if they were: the maps are turned
+        back.
       tile: As for `score_patches`.
       precision: Likewise.
 
@@ -108,9 +112,10 @@ def score_descriptors(
         upsampling=config.upsampling,
         smoothing_sigma=config.smoothing_sigma,
     )
-    return Scores(
-        image=jnp.max(maps, axis=(1, 2)), maps=maps, patches=patches, nearest=index.reshape(shape)
-    )
+    image = jnp.max(maps, axis=(1, 2))
+    if angles is not None:
+        maps = rotate(maps[..., None], -angles)[..., 0]
+    return Scores(image=image, maps=maps, patches=patches, nearest=index.reshape(shape))
 
 
 @functools.lru_cache(maxsize=32)

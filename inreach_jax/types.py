@@ -71,6 +71,7 @@ class NominalBank:
     patch: jax.Array  # [M] int32, index of its patch
     multiplicity: jax.Array  # [M] int32, kept channels that hold the patch
     count: jax.Array  # [] int32, rows in use
+    reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +80,6 @@ class Scores:
     """How anomalous images are, and where. Squared descriptor distances, >= 0, higher is odder."""
 
     image: jax.Array  # [B] float32
-    maps: jax.Array  # [B, H, W] float32, smoothed, at the resolution of the cropped image
-    patches: jax.Array  # [B, Hp, Wp] float32, before upsampling and smoothing
+    maps: jax.Array  # [B, h, w] float32, smoothed, pixel by pixel over the cropped image
+    patches: jax.Array  # [B, Hp, Wp] float32, before smoothing, of the image as it was aligned
     nearest: jax.Array  # [B, Hp, Wp] int32, the bank row nearest to each patch

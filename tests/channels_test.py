@@ -37,9 +37,7 @@ def _case(offset: float = 3.0, scale: float = 1.0) -> tuple[Array, Members]:
     channel[rng.random(channel.shape) < lonely[channel % NUM_PATCHES]] = UNMATCHED
     channel[0] = UNMATCHED
     patch = np.stack([rng.permutation(NUM_PATCHES) for _ in range(NUM_IMAGES)])
-    members = Members(
-        channel=jnp.asarray(channel, jnp.int32), patch=jnp.asarray(patch, jnp.int32)
-    )
+    members = Members(channel=jnp.asarray(channel, jnp.int32), patch=jnp.asarray(patch, jnp.int32))
     return x.astype(np.float32), members
 
 
@@ -67,18 +65,14 @@ def _channels(x: Array, members: Members, config: InReachConfig) -> Channels:
 
 def _nominal(channels: Channels) -> Counter[tuple[int, int]]:
     multiplicity = np.asarray(channels.multiplicity)
-    return Counter(
-        {(j, p): int(multiplicity[j, p]) for j, p in np.argwhere(multiplicity).tolist()}
-    )
+    return Counter({(j, p): int(multiplicity[j, p]) for j, p in np.argwhere(multiplicity).tolist()})
 
 
 def test_span() -> None:
     _, members = _case()
     span = channels_lib.channel_span(members, num_channels=NUM_CHANNELS)
     collected = oracle.collect(_listed(members))
-    expected = [
-        len(collected.get(divmod(c, NUM_PATCHES), [()])) for c in range(NUM_CHANNELS)
-    ]
+    expected = [len(collected.get(divmod(c, NUM_PATCHES), [()])) for c in range(NUM_CHANNELS)]
     np.testing.assert_array_equal(span, expected)
     assert span.dtype == jnp.int32
     assert min(expected) == 1
@@ -165,9 +159,7 @@ def test_blocks_add_up(size: int) -> None:
     starts = range(0, NUM_IMAGES, size)
     parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], members) for i in starts]
     blocks = [x[i : i + size] for i in starts]
-    total = sum(
-        np.asarray(_channel_sums(seeds, b, m)) for b, m in zip(blocks, parts, strict=True)
-    )
+    total = sum(np.asarray(_channel_sums(seeds, b, m)) for b, m in zip(blocks, parts, strict=True))
     np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-5)
     assert np.abs(whole).max() > 1
     radii = [
@@ -223,9 +215,7 @@ def test_equal_radii_are_dropped_by_their_deviation_only() -> None:
     )
     radii, founder_radii = jnp.array([[0.0], [1.0], [1.0]]), jnp.zeros(1)
     for limit, kept in ((2.2, [1, 1, 1]), (2.0, [0, 0, 0])):  # std is 0.4714
-        config = InReachConfig(
-            radius_filter="std", max_channel_std=limit, min_channel_length=1
-        )
+        config = InReachConfig(radius_filter="std", max_channel_std=limit, min_channel_length=1)
         out = _filter(members, radii, founder_radii, num_seeds=1, config=config)
         np.testing.assert_array_equal(out.multiplicity[:, 0], kept)
         np.testing.assert_allclose(out.spread, [np.std([0, 1, 1])], rtol=1e-6)
