@@ -65,19 +65,14 @@ _QUIRKS: Mapping[str, tuple[str, ...]] = {
 }
 # Options that are no quirk but a choice.
 _CHOICES: Mapping[str, Mapping[str, Any]] = {
-    "5 seeds": {"num_seeds": 5},
     "20 seeds": {"num_seeds": 20},
     "40 seeds": {"num_seeds": 40},
     "channel length > 1": {"min_channel_length": 1},
     "channel length > 6": {"min_channel_length": 6},
-    "channel length > 12": {"min_channel_length": 12},
     "rms filter at 1.5": {"radius_filter": "rms", "max_channel_std": 1.5},
     "position on": {"positional": "on"},
     "aligned": {"alignment": "rotation"},
-    "aligned, position on": {"alignment": "rotation", "positional": "on"},
     "128 dimensions": {"descriptor_dim": 128},
-    "64 dimensions": {"descriptor_dim": 64},
-    "smoothing 0": {"smoothing_sigma": 0.0},
     "smoothing 8": {"smoothing_sigma": 8.0},
 }
 

@@ -115,8 +115,8 @@ def best_rotation(images: jax.Array, reference: jax.Array) -> jax.Array:
     angle = jnp.deg2rad(jnp.arange(360, dtype=jnp.float32))
     rows = -radius[None, :] * jnp.sin(angle)[:, None]
     columns = radius[None, :] * jnp.cos(angle)[:, None]
-    # A ring's share of the disc grows with its radius. Its mean adds the same at all angles: without
-    # it, the correlation keeps more of its bits.
+    # A ring's share of the disc grows with its radius. Its mean adds the same at every angle:
+    # without it, the correlation keeps more of its bits.
     weight = jnp.sqrt(radius / jnp.sum(radius))[None, :, None]
 
     def polar(image: jax.Array) -> jax.Array:  # [h, w, C] -> [360, num_radii, C]
