@@ -112,6 +112,8 @@ def restore_bank(
     expected = manifest["arrays"]
     try:
         stored = _orbax().metadata(path).metadata
+        if stored is None:  # Orbax logs why
+            raise ValueError("its arrays cannot be read")
         # What is stored is asked for: Orbax would cast silently to anything else.
         actual = {name: _spec(x) for name, x in stored.items()}
         if actual != expected:
@@ -138,10 +140,20 @@ def restore_bank(
 
 
 def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) -> InReachConfig:
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict):
+        raise ValueError(
+            f"the bank at {path} has no readable manifest. Restore a copy or fit again"
+        )
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has bank format {version}; this version reads {FORMAT_VERSION}. Fit it again"
+        )
+    missing = {"backbone", "weights_digest", "config", "arrays", "digest"} - set(manifest)
+    if missing:
+        raise ValueError(
+            f"the bank at {path} is damaged: its manifest lacks {sorted(missing)}. Restore a copy "
+            "or fit again"
         )
     for name, mine in (("backbone", backbone.name), ("weights_digest", backbone.weights_digest)):
         if manifest[name] != mine:
@@ -152,7 +164,7 @@ def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) ->
             )
     try:
         return InReachConfig.from_dict(manifest["config"])
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the config of the bank at {path}: {error}") from error
 
 

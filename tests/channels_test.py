@@ -104,10 +104,10 @@ def test_radii_and_spread(
     assert not founder_radii[alone].any()
 
 
-@pytest.mark.parametrize("min_channel_length", [1, 2, 4, 6])
+@pytest.mark.parametrize("min_channel_length", [1, 4])
 @pytest.mark.parametrize(
     "radius_filter, max_channel_std",
-    [("none", 5.0), ("std", 5.0), ("std", 3.1), ("std", 2.6), ("rms", 1.4), ("rms", 1.1)],
+    [("none", 5.0), ("std", 5.0), ("std", 3.1), ("std", 2.6), ("rms", 1.4), ("rms", 1.2)],
 )
 def test_nominal_patches_equal_the_oracle(
     radius_filter: RadiusFilter, max_channel_std: float, min_channel_length: int
@@ -141,14 +141,22 @@ def test_nominal_patches_equal_the_oracle(
 
 def test_filters_matter_on_these_channels() -> None:
     x, members = _case()
-    sizes = [
-        _nominal(_channels(x, members, InReachConfig(radius_filter=f, max_channel_std=limit)))
-        for f, limit in (("none", 5.0), ("std", 3.1), ("std", 2.6), ("rms", 1.4), ("rms", 1.1))
+    filters: list[tuple[RadiusFilter, float]] = [
+        ("none", 5.0),
+        ("std", 3.1),
+        ("std", 2.6),
+        ("rms", 1.4),
+        ("rms", 1.2),
     ]
-    totals = [size.total() for size in sizes]
-    assert len(set(totals)) == len(totals)
-    assert max(totals) == totals[0]
-    assert min(totals) > 0
+    outcomes = []
+    for radius_filter, limit in filters:
+        config = InReachConfig(
+            radius_filter=radius_filter, max_channel_std=limit, min_channel_length=4
+        )
+        outcomes.append(_nominal(_channels(x, members, config)))
+    assert len({tuple(sorted(outcome.items())) for outcome in outcomes}) == len(filters)
+    for outcome in outcomes:
+        assert 0 < outcome.total() <= outcomes[0].total()
 
 
 @pytest.mark.parametrize("size", [1, 5, 13])

@@ -162,16 +162,20 @@ def _with_transpose_mse(mse: float, side: int = 8) -> Array:
     return image.astype(np.float32)
 
 
+def _oracle_mse(mean_image: Array) -> float:
+    return oracle.transpose_mse(mean_image[None])
+
+
 def test_threshold_of_the_positional_test() -> None:
     positional = jax.jit(images_lib.is_positional)
     upper = np.argwhere(np.triu(np.ones((8, 8)), 1))
     seen = set()
     for num in range(2, 28):  # of 64 pixels and their 64 mirror images
-        grey = np.sqrt(1000 * 32 / num)
-        for grey in np.round(64 * grey) / 64 + np.arange(-3, 4) / 64:
+        at_threshold = np.sqrt(1000 * 32 / num)
+        for grey in (np.round(64 * at_threshold) + np.arange(-3, 4)) / 64:
             image = np.zeros((8, 8, 3), np.float32)
             image[tuple(upper[:num].T)] = grey
-            expected = oracle.transpose_mse(image[None]) >= 1000
+            expected = _oracle_mse(image) >= 1000
             assert bool(positional(image)) == expected
             seen.add((expected, bool(grey**2 * num / 32 >= 1000)))
     # Rounding to float16 decides some of these cases.
@@ -183,7 +187,7 @@ def test_positional_test_uses_float16() -> None:
     images[:, :, 6:] *= 0.6
     for gain in np.linspace(0.2, 1, 60, dtype=np.float32):
         mean = (gain * images).mean(axis=0, dtype=np.float32)
-        expected = oracle.transpose_mse(mean[None]) >= 1000
+        expected = _oracle_mse(mean) >= 1000
         assert bool(images_lib.is_positional(jnp.asarray(mean))) == expected
 
 

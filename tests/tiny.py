@@ -17,13 +17,12 @@ SIDE = 36  # of the images; the crop of 32 makes a grid of 8 x 8 patches
 CONFIG = InReachConfig(
     resize=(SIDE, SIDE),
     crop=(32, 32),
-    positional="off",
     num_seeds=3,
     min_channel_length=2,
     smoothing_sigma=2.0,
 )
 NUM_PATCHES = 64
-DIM = 8 + 12
+DIM = 8 + 12 + 2  # the texture is not symmetric, so position counts
 
 
 class TinyNet(nn.Module):
@@ -35,7 +34,7 @@ class TinyNet(nn.Module):
     ) -> tuple[jax.Array, ...]:
         layers.check_call(x, taps, 2)
         outputs = {}
-        for block, (features, size, stride) in enumerate(((8, 5, 4), (12, 3, 2))):
+        for block, (features, size, stride) in enumerate(((8, 2, 4), (12, 2, 2))):
             x = layers.Conv(features, size, stride, "same", name=f"conv_{block}")(x)
             x = layers.BatchNorm(1e-3, name=f"bn_{block}")(x, batch_statistics=batch_statistics)
             x = nn.relu(x)

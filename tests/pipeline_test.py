@@ -1,0 +1,756 @@
+"""The whole way from images to scores, on a backbone that compiles in a blink.
+
+What each step computes is tested in its own module; here it is that they are put together right,
+whatever the images come in, and that the pure functions compose with JAX's transformations.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import inreach_jax
+from inreach_jax import PRESETS, InReachConfig, NominalBank, Scores, pipeline
+from inreach_jax import images as images_lib
+from inreach_jax.backbones import Backbone
+from tests import oracle, tiny
+
+CONFIGS = {
+    "default": tiny.CONFIG,
+    "paper": PRESETS["paper"].replace(
+        **{k: v for k, v in tiny.CONFIG.to_dict().items() if k in ("resize", "crop")},
+        positional="on",
+        num_seeds=3,
+        min_channel_length=2,
+        level_dim=16,
+        descriptor_dim=24,
+        smoothing_sigma=2.0,
+    ),
+    "official": PRESETS["official"].replace(
+        **{k: v for k, v in tiny.CONFIG.to_dict().items() if k in ("resize", "crop")},
+        positional="off",
+        num_seeds=3,
+        min_channel_length=2,
+        level_dim=16,
+        descriptor_dim=24,
+        smoothing_sigma=2.0,
+    ),
+}
+NUM_TRAIN = 7
+BATCH = 3  # so that the last block is padded
+
+
+class Exploding(Sequence[np.ndarray]):
+    """Images that must not be looked at."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: Any) -> Any:
+        raise RuntimeError(f"image {index} was read")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny.backbone()
+
+
+@pytest.fixture(scope="module")
+def train() -> np.ndarray:
+    return tiny.images(NUM_TRAIN)
+
+
+@pytest.fixture(scope="module")
+def unseen() -> np.ndarray:
+    images = tiny.images(4, seed=1)
+    images[2, 8:20, 10:22] = 255 - images[2, 8:20, 10:22]
+    return images
+
+
+@pytest.fixture(scope="module")
+def bank(backbone: Backbone, train: np.ndarray) -> NominalBank:
+    return inreach_jax.fit(backbone, train, config=tiny.CONFIG, batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def scores(backbone: Backbone, bank: NominalBank, unseen: np.ndarray) -> Scores:
+    return score_all(backbone, bank, unseen)
+
+
+def score_all(
+    backbone: Backbone,
+    bank: NominalBank,
+    images: Any,
+    *,
+    config: InReachConfig = tiny.CONFIG,
+    batch_size: int = BATCH,
+) -> Scores:
+    blocks = list(
+        inreach_jax.score_images(backbone, bank, images, config=config, batch_size=batch_size)
+    )
+    return jax.tree.map(lambda *x: np.concatenate(x), *blocks)
+
+
+def patches_of(bank: NominalBank) -> list[tuple[int, int]]:
+    """(image, patch) of each row, as often as kept channels hold it."""
+    count = int(bank.count)
+    rows = zip(
+        np.asarray(bank.image)[:count].tolist(),
+        np.asarray(bank.patch)[:count].tolist(),
+        np.asarray(bank.multiplicity)[:count].tolist(),
+        strict=True,
+    )
+    return [(image, patch) for image, patch, times in rows for _ in range(times)]
+
+
+def assert_close(actual: Scores, expected: Scores, *, rtol: float = 1e-4) -> None:
+    for name in ("image", "maps", "patches"):
+        want = np.asarray(getattr(expected, name))
+        np.testing.assert_allclose(
+            np.asarray(getattr(actual, name)), want, rtol=rtol, atol=1e-6 * want.max()
+        )
+
+
+# The composition.
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bank_and_scores_are_what_the_definitions_say(
+    name: str, backbone: Backbone, train: np.ndarray, unseen: np.ndarray
+) -> None:
+    config = CONFIGS[name]
+    grid = (8, 8)
+    sets = [
+        inreach_jax.extract(backbone, images, config=config, batch_size=BATCH)
+        for images in (train, unseen)
+    ]
+    described, tested = (np.asarray(s.first(s.num_images), np.float64) for s in sets)
+
+    crops = train[:, 2:34, 2:34].astype(np.float32)  # no resize: the crop alone
+    normalized = images_lib.normalize(
+        jnp.asarray(crops), mean=tiny.SPEC.mean, std=tiny.SPEC.std, config=config
+    )
+    levels = tiny.SPEC.apply(
+        backbone.variables, normalized, batch_statistics=config.batch_norm == "image"
+    )
+    first = [np.asarray(level)[0] for level in levels]
+    want = oracle.descriptors(
+        first, level_dim=config.level_dim, descriptor_dim=config.descriptor_dim
+    )
+    if config.positional != "off":
+        want = np.concatenate([want, oracle.position(grid, config.position_weight)], axis=1)
+    np.testing.assert_allclose(described[0], want, rtol=1e-4, atol=1e-5)
+    assert {s.positional for s in sets} == {config.positional != "off"}
+
+    mutual, distance = oracle.associate(described, num_seeds=config.num_seeds, pairs=config.pairs)
+    members = oracle.members(mutual, distance, veto=config.veto, index_order=config.index_order)
+    nominal = oracle.nominal(
+        described,
+        members,
+        min_channel_length=config.min_channel_length,
+        radius_filter=config.radius_filter,
+        max_channel_std=config.max_channel_std,
+    )
+    assert 50 < len(set(nominal)) < NUM_TRAIN * tiny.NUM_PATCHES
+    bank = inreach_jax.fit(backbone, train, config=config, batch_size=BATCH)
+    assert patches_of(bank) == nominal
+
+    distinct = sorted(set(nominal))
+    rows = np.array([described[image, patch] for image, patch in distinct])
+    count = int(bank.count)
+    stored = np.asarray(bank.rows)[:count] + np.asarray(bank.centre)
+    np.testing.assert_allclose(stored, rows, rtol=1e-5, atol=1e-5)
+    scores = score_all(backbone, bank, unseen, config=config)
+    patches = oracle.score(tested, rows)
+    np.testing.assert_allclose(
+        scores.patches.reshape(4, -1), patches, rtol=1e-4, atol=1e-6 * patches.max()
+    )
+    for i in range(4):
+        map_ = oracle.smooth_map(
+            patches[i].reshape(grid),
+            config.crop,
+            sigma=config.smoothing_sigma,
+            upsampling=config.upsampling,
+        )
+        np.testing.assert_allclose(scores.maps[i], map_, rtol=1e-3, atol=1e-5 * map_.max())
+        np.testing.assert_allclose(scores.image[i], map_.max(), rtol=1e-3)
+
+
+def test_the_defect_is_found(scores: Scores) -> None:
+    assert scores.image.argmax() == 2
+    y, x = np.unravel_index(scores.maps[2].argmax(), scores.maps[2].shape)
+    assert 6 <= y < 18  # the defect less the border that the crop takes
+    assert 8 <= x < 20
+
+
+@pytest.mark.parametrize("batch_size", [1, NUM_TRAIN + 1])
+def test_batch_size_does_not_matter(
+    batch_size: int,
+    backbone: Backbone,
+    train: np.ndarray,
+    unseen: np.ndarray,
+    bank: NominalBank,
+    scores: Scores,
+) -> None:
+    other = inreach_jax.fit(backbone, train, config=tiny.CONFIG, batch_size=batch_size)
+    assert patches_of(other) == patches_of(bank)
+    np.testing.assert_allclose(other.rows, bank.rows, rtol=1e-4, atol=1e-4)
+    assert_close(score_all(backbone, other, unseen, batch_size=batch_size), scores, rtol=1e-3)
+
+
+def test_radius_filter_does_not_see_the_blocks(backbone: Backbone, train: np.ndarray) -> None:
+    config = CONFIGS["paper"]
+    described = inreach_jax.extract(backbone, train, config=config, batch_size=BATCH)
+    one_block = dataclasses.replace(described, blocks=[described.first(NUM_TRAIN)])
+    banks = [inreach_jax.fit_descriptors(d, config=config) for d in (described, one_block)]
+    assert patches_of(banks[0]) == patches_of(banks[1])
+    np.testing.assert_array_equal(banks[0].rows, banks[1].rows)
+
+
+@pytest.mark.parametrize("kind", [list, jnp.asarray, iter, Sequence])
+def test_images_may_come_in_anything(
+    kind: Any, backbone: Backbone, train: np.ndarray, unseen: np.ndarray, bank: NominalBank,
+    scores: Scores,
+) -> None:  # fmt: skip
+    def as_kind(images: np.ndarray) -> Any:
+        if kind is not Sequence:
+            return kind(images)
+
+        class OnDisk(Exploding):
+            def __getitem__(self, index: Any) -> Any:
+                return images[index]
+
+        return OnDisk(len(images))
+
+    other = inreach_jax.fit(backbone, as_kind(train), config=tiny.CONFIG, batch_size=BATCH)
+    jax.tree.map(np.testing.assert_array_equal, other, bank)
+    jax.tree.map(np.testing.assert_array_equal, score_all(backbone, bank, as_kind(unseen)), scores)
+
+
+def test_images_are_read_once_and_in_order(backbone: Backbone, train: np.ndarray) -> None:
+    seen = []
+
+    def read() -> Iterator[np.ndarray]:
+        for i, image in enumerate(train):
+            seen.append(i)
+            yield image
+
+    inreach_jax.fit(backbone, read(), config=tiny.CONFIG, batch_size=BATCH)
+    assert seen == list(range(NUM_TRAIN))
+
+
+def test_sizes_may_differ(backbone: Backbone, bank: NominalBank) -> None:
+    images = [tiny.images(1, seed=5, side=side)[0] for side in (36, 50, 40)]
+    images[1] = images[1][:, :30]
+    together = score_all(backbone, bank, images)
+    alone = [score_all(backbone, bank, image[None]) for image in images]
+    assert_close(together, jax.tree.map(lambda *x: np.concatenate(x), *alone))
+    assert len(set(together.image.tolist())) == 3
+
+
+def test_height_and_width_may_differ(backbone: Backbone, train: np.ndarray) -> None:
+    config = tiny.CONFIG.replace(crop=(32, 24), positional="on")
+    assert pipeline.patch_grid(backbone, config) == (8, 6)
+    wide = config.replace(resize=(36, 36), crop=(24, 32))
+    tall_bank = inreach_jax.fit(backbone, train, config=config, batch_size=BATCH)
+    assert int(tall_bank.patch.max()) < 48
+    tall = score_all(backbone, tall_bank, train[:2], config=config)
+    assert tall.maps.shape == (2, 32, 24)
+    assert tall.patches.shape == tall.nearest.shape == (2, 8, 6)
+    nearest = np.asarray(tall.nearest)[0].ravel()
+    of_first = {p: i for i, (j, p) in enumerate(sorted(set(patches_of(tall_bank)))) if j == 0}
+    for patch, row in of_first.items():  # a training image's nominal patches find themselves
+        assert nearest[patch] == row
+    assert pipeline.patch_grid(backbone, wide) == (6, 8)
+
+
+# Position.
+
+
+def test_position_is_used_where_the_images_call_for_it(
+    backbone: Backbone, train: np.ndarray
+) -> None:
+    def extract(images: np.ndarray) -> inreach_jax.DescriptorSet:
+        return inreach_jax.extract(backbone, images, config=tiny.CONFIG, batch_size=BATCH)
+
+    def width(images: np.ndarray) -> int:
+        described = extract(images)
+        dims = {block.shape[2] for block in described.blocks}
+        assert dims == {tiny.DIM if described.positional else tiny.DIM - 2}
+        assert described.positional == oracle.is_positional(images[:, 2:34, 2:34])
+        return dims.pop()
+
+    assert width(train) == tiny.DIM
+    assert width(np.concatenate([train, train.swapaxes(1, 2)])) == tiny.DIM - 2
+
+    # Six symmetric images and one that is not, whose copies fill the last block: counted thrice,
+    # it would make a difference.
+    images = np.full((NUM_TRAIN, tiny.SIDE, tiny.SIDE, 3), 128, np.uint8)
+    images[-1, :, : tiny.SIDE // 2] = 0
+    images[-1, :, tiny.SIDE // 2 :] = 255
+    assert width(images) == tiny.DIM - 2
+    assert width(images[-1:]) == tiny.DIM
+
+
+def test_position_can_be_asked_for(backbone: Backbone, train: np.ndarray) -> None:
+    flat = np.full((1, tiny.SIDE, tiny.SIDE, 3), 128, np.uint8)
+    for positional in (False, True):
+        for images in (train, flat):
+            described = inreach_jax.extract(
+                backbone, images, config=tiny.CONFIG, positional=positional, batch_size=BATCH
+            )
+            assert described.positional is positional
+            assert described.blocks[0].shape[2] == tiny.DIM - 2 * (not positional)
+    cols = np.asarray(described.blocks[0])[0, :, -2].reshape(8, 8)
+    np.testing.assert_allclose(cols, np.tile(5 * np.arange(8) / 8, (8, 1)), rtol=1e-6)
+
+
+# Descriptor sets.
+
+
+def test_descriptor_sets_score_like_images(
+    backbone: Backbone, bank: NominalBank, unseen: np.ndarray, scores: Scores
+) -> None:
+    described = inreach_jax.extract(backbone, unseen, config=tiny.CONFIG, batch_size=BATCH)
+    assert described.num_images == 4
+    assert [block.shape[0] for block in described.blocks] == [3, 3]
+    assert [images for images, _ in described.enumerate()] == [slice(0, 3), slice(3, 4)]
+    blocks = list(inreach_jax.score_descriptor_set(bank, described, config=tiny.CONFIG))
+    assert [len(block.image) for block in blocks] == [3, 1]
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(blocks))
+    assert_close(jax.tree.map(lambda *x: np.concatenate(x), *blocks), scores)
+
+
+def test_descriptor_sets_select_and_take_first(backbone: Backbone, train: np.ndarray) -> None:
+    described = inreach_jax.extract(backbone, train, config=tiny.CONFIG, batch_size=BATCH)
+    every = np.asarray(described.first(NUM_TRAIN))
+    for num in (1, 3, 4):
+        np.testing.assert_array_equal(described.first(num), every[:num])
+    picked = described.select([6, 0, 3, 3])
+    assert picked.num_images == 4
+    assert [block.shape for block in picked.blocks] == [(3, tiny.NUM_PATCHES, tiny.DIM)] * 2
+    np.testing.assert_array_equal(picked.first(4), every[[6, 0, 3, 3]])
+
+
+def test_order_of_the_images_that_are_no_seeds_does_not_matter(
+    backbone: Backbone, train: np.ndarray, bank: NominalBank
+) -> None:
+    described = inreach_jax.extract(backbone, train, config=tiny.CONFIG, batch_size=BATCH)
+    order = [0, 1, 2, 6, 5, 4, 3]
+    other = inreach_jax.fit_descriptors(described.select(order), config=tiny.CONFIG)
+    assert sorted((order[image], patch) for image, patch in patches_of(other)) == patches_of(bank)
+
+
+# Alignment.
+
+
+def test_turned_images_score_as_they_are_upright(backbone: Backbone, train: np.ndarray) -> None:
+    config = tiny.CONFIG.replace(alignment="rotation")
+    turns = [0, 1, 2, 3, 0, 1, 2]
+    turned = np.stack([np.rot90(image, k) for image, k in zip(train, turns, strict=True)])
+    bank = inreach_jax.fit(backbone, turned, config=config, batch_size=BATCH)
+    crop = train[0, 2:34, 2:34].astype(np.float32)
+    np.testing.assert_array_equal(bank.reference, crop)
+    # As if nothing had been turned, but for the interpolation, which whole turns need not.
+    upright = inreach_jax.fit(backbone, train, config=tiny.CONFIG, batch_size=BATCH)
+    assert patches_of(bank) == patches_of(upright)
+
+    spoilt = tiny.images(1, seed=1)[0]
+    spoilt[8:16, 20:28] = 255 - spoilt[8:16, 20:28]
+    both = score_all(backbone, bank, np.stack([spoilt, np.rot90(spoilt)]), config=config)
+    np.testing.assert_allclose(both.image[1], both.image[0], rtol=1e-3)
+    np.testing.assert_allclose(both.patches[1], both.patches[0], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(
+        both.maps[1], np.rot90(both.maps[0]), rtol=1e-2, atol=1e-2 * both.maps.max()
+    )
+    described = inreach_jax.extract(
+        backbone, np.stack([spoilt, np.rot90(spoilt)]), config=config, reference=bank.reference,
+        batch_size=BATCH,
+    )  # fmt: skip
+    np.testing.assert_array_equal(described.angles[0][:2], [0, 270])
+    (again,) = inreach_jax.score_descriptor_set(bank, described, config=config)
+    assert_close(again, both)
+
+
+def test_alignment_needs_a_bank_fitted_with_it(
+    backbone: Backbone, bank: NominalBank, unseen: np.ndarray
+) -> None:
+    config = tiny.CONFIG.replace(alignment="rotation")
+    with pytest.raises(ValueError, match="bank was fitted without it"):
+        score_all(backbone, bank, unseen, config=config)
+
+
+# Progress.
+
+
+def test_progress_counts_every_phase_to_its_total(
+    backbone: Backbone, train: np.ndarray, unseen: np.ndarray
+) -> None:
+    calls: dict[str, list[tuple[int, int | None]]] = {}
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        calls.setdefault(phase, []).append((done, total))
+
+    config = CONFIGS["paper"]
+    bank = inreach_jax.fit(backbone, train, config=config, batch_size=BATCH, progress=progress)
+    list(
+        inreach_jax.score_images(
+            backbone,
+            bank,
+            iter(unseen),
+            config=config,
+            batch_size=BATCH,
+            progress=progress,
+        )
+    )
+    assert list(calls) == ["features", "association", "channels", "bank", "scoring"]
+    for phase in ("features", "association", "channels", "bank"):
+        assert calls[phase] == [(3, 7), (6, 7), (7, 7)]
+    assert calls["scoring"] == [(3, None), (4, None)]
+
+
+# Compilations.
+
+
+def test_each_step_compiles_once(backbone: Backbone) -> None:
+    steps = (
+        pipeline._extract_block,
+        pipeline._associate_block,
+        pipeline._add_sums,
+        pipeline._member_radii,
+        pipeline._append_rows,
+        pipeline._score_crops,
+        pipeline._score_descriptors,
+    )
+    compiled = []
+
+    def listen(event: str, duration: float, **unused: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    # Options that no other test has, so that nothing is compiled yet; a shape of its own as well.
+    config = CONFIGS["paper"].replace(
+        positional="off", radius_filter="rms", position_weight=4.375, smoothing_sigma=1.375
+    )
+
+    def everything(num_train: int, num_test: int) -> tuple[list[int], int]:
+        sizes, events = [f._cache_size() for f in steps], len(compiled)
+        train, test = tiny.images(num_train, seed=2), tiny.images(num_test, seed=3)
+        bank = inreach_jax.fit(backbone, train, config=config, batch_size=5)
+        score_all(backbone, bank, test, config=config, batch_size=5)
+        described = inreach_jax.extract(backbone, test, config=config, batch_size=5)
+        list(inreach_jax.score_descriptor_set(bank, described, config=config))
+        grown = [f._cache_size() - size for f, size in zip(steps, sizes, strict=True)]
+        return grown, len(compiled) - events
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        first, events = everything(11, 7)
+        assert first == [1] * len(steps)  # three blocks of the one set, two of the other
+        assert events >= len(steps)  # the listener hears something
+        assert everything(11, 7) == ([0] * len(steps), 0)
+        assert everything(14, 3)[0] == [0] * len(steps)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# The pure function.
+
+
+@pytest.fixture(scope="module")
+def score(backbone: Backbone) -> Any:
+    return inreach_jax.make_score_fn(backbone, tiny.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def jitted(score: Any) -> Any:
+    return jax.jit(score)
+
+
+def test_score_fn_agrees_with_score_images(
+    jitted: Any, backbone: Backbone, bank: NominalBank, unseen: np.ndarray, scores: Scores
+) -> None:
+    actual = jitted(backbone.variables, bank, unseen)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(actual))
+    assert_close(actual, scores)
+    np.testing.assert_array_equal(actual.nearest, scores.nearest)
+
+
+def test_score_fn_takes_images_of_any_size(
+    score: Any, backbone: Backbone, bank: NominalBank
+) -> None:
+    images = tiny.images(2, seed=4, side=48)[:, :30]
+    actual = jax.jit(score)(backbone.variables, bank, images)
+    assert_close(actual, score_all(backbone, bank, images))
+
+
+def test_score_fn_takes_its_weights_as_an_argument(
+    jitted: Any, bank: NominalBank, unseen: np.ndarray, scores: Scores
+) -> None:
+    other = jitted(tiny.backbone(seed=1).variables, bank, unseen)
+    assert np.abs(np.asarray(other.image) / scores.image - 1).min() > 0.1
+
+
+def test_vmap_over_banks(
+    score: Any, backbone: Backbone, bank: NominalBank, unseen: np.ndarray
+) -> None:
+    half = dataclasses.replace(bank, count=bank.count // 2)
+    both = jax.tree.map(lambda *x: jnp.stack(x), bank, half)
+    mapped = jax.jit(jax.vmap(score, in_axes=(None, 0, None)))(backbone.variables, both, unseen)
+    expected = [score_all(backbone, one, unseen) for one in (bank, half)]
+    assert (expected[1].image > expected[0].image).any()
+    for i, want in enumerate(expected):
+        assert_close(jax.tree.map(lambda x: x[i], mapped), want)  # noqa: B023
+
+
+def test_padding_order_and_repeats_of_the_bank_do_not_matter(
+    jitted: Any, backbone: Backbone, bank: NominalBank, unseen: np.ndarray, scores: Scores
+) -> None:
+    count = int(bank.count)
+    rows = np.asarray(bank.rows)
+    rng = np.random.default_rng(0)
+    garbage = rows.copy()
+    garbage[count:] = np.float32(np.nan)
+    changed = dataclasses.replace(bank, rows=jnp.asarray(garbage))
+    assert_close(jitted(backbone.variables, changed, unseen), scores, rtol=1e-6)
+
+    repeated = rows.copy()
+    repeated[count : 2 * count] = rows[:count]
+    changed = dataclasses.replace(
+        bank, rows=jnp.asarray(repeated), count=jnp.asarray(2 * count, jnp.int32)
+    )
+    actual = jitted(backbone.variables, changed, unseen)
+    assert_close(actual, scores, rtol=1e-6)
+    np.testing.assert_array_equal(actual.nearest, scores.nearest)  # the lowest index
+
+    order = rng.permutation(count)
+    shuffled = rows.copy()
+    shuffled[:count] = rows[order]
+    changed = dataclasses.replace(bank, rows=jnp.asarray(shuffled))
+    actual = jitted(backbone.variables, changed, unseen)
+    assert_close(actual, scores, rtol=1e-5)
+    np.testing.assert_array_equal(order[np.asarray(actual.nearest)], scores.nearest)
+
+
+def test_gradients_are_finite_and_point_downhill(
+    score: Any, backbone: Backbone, bank: NominalBank, train: np.ndarray, unseen: np.ndarray
+) -> None:
+    # Training images are in the bank: some of their distances are 0 or all but.
+    images = np.concatenate([train[:1], unseen[2:3]])
+
+    @jax.jit
+    def loss(variables: Any, rows: jax.Array, centre: jax.Array) -> jax.Array:
+        changed = dataclasses.replace(bank, rows=rows, centre=centre)
+        return jnp.sum(score(variables, changed, images).image)
+
+    arguments = (backbone.variables, bank.rows, bank.centre)
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 0
+    assert not np.asarray(gradients[1])[int(bank.count) :].any()
+    downhill = jax.tree.map(lambda x, g: x - 1e-5 * g, arguments[1], gradients[1])
+    assert loss(arguments[0], downhill, bank.centre) < loss(*arguments)
+
+
+def test_saliency(
+    backbone: Backbone, bank: NominalBank, train: np.ndarray, unseen: np.ndarray
+) -> None:
+    """Gradients with respect to the pixels, which are floats only behind the crop."""
+    images = np.concatenate([train[:1], unseen[2:3]])
+    crops = images_lib.resize_and_crop(jnp.asarray(images), config=tiny.CONFIG)
+    one_score = functools.partial(pipeline.score_crops, spec=backbone.spec, config=tiny.CONFIG)
+
+    @jax.jit
+    @jax.grad
+    def saliency(crops: jax.Array) -> jax.Array:
+        return jnp.sum(one_score(backbone.variables, bank, crops).image)
+
+    gradient = np.asarray(saliency(crops))
+    assert gradient.shape == crops.shape
+    assert np.isfinite(gradient).all()
+    strength = np.abs(gradient[1]).sum(axis=-1)
+    inside = np.zeros(strength.shape, bool)
+    inside[6:18, 8:20] = True  # the defect less the border that the crop takes
+    assert strength[inside].mean() > 2 * strength[~inside].mean() > 0
+
+
+def test_shards(
+    score: Any, backbone: Backbone, bank: NominalBank, scores: Scores, unseen: np.ndarray
+) -> None:
+    mesh = jax.make_mesh((4, 2), ("images", "rows"), axis_types=(AxisType.Auto,) * 2)
+
+    def sharding(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    of_bank = NominalBank(
+        rows=sharding("rows"),
+        centre=sharding(),
+        image=sharding("rows"),
+        patch=sharding("rows"),
+        multiplicity=sharding("rows"),
+        count=sharding(),
+    )  # type: ignore[arg-type]
+    sharded = jax.jit(
+        score, in_shardings=(sharding(), of_bank, sharding("images")), out_shardings=sharding()
+    )
+    actual = sharded(backbone.variables, bank, unseen)
+    assert len(actual.maps.sharding.device_set) == 8
+    assert_close(actual, scores)
+    np.testing.assert_array_equal(actual.nearest, scores.nearest)
+
+
+def test_export_with_a_symbolic_batch(
+    score: Any, backbone: Backbone, bank: NominalBank, scores: Scores, unseen: np.ndarray
+) -> None:
+    fields = {f.name: getattr(bank, f.name) for f in dataclasses.fields(bank)}
+
+    @jax.jit
+    def plain(variables: Any, fields: dict[str, jax.Array], images: jax.Array) -> Any:
+        return dataclasses.asdict(score(variables, NominalBank(**fields), images))
+
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (backbone.variables, fields)
+    )
+    shape = jax.export.symbolic_shape(f"b, {tiny.SIDE}, {tiny.SIDE}, 3")
+    exported = jax.export.export(plain)(*abstract, jax.ShapeDtypeStruct(shape, jnp.uint8))
+    for num in (1, 4):
+        actual = Scores(**exported.call(backbone.variables, fields, unseen[:num]))
+        assert_close(actual, jax.tree.map(lambda x: x[:num], scores))  # noqa: B023
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "num_images, changes, message",
+    [
+        (2, {}, "2 training images are fewer than num_seeds = 3"),
+        (0, {}, "0 training images are fewer than num_seeds = 3"),
+        (3, {"min_channel_length": 3}, "3 training images can never be longer than min_channel_le"),
+    ],
+)
+def test_too_few_images_are_refused_before_any_work(
+    num_images: int, changes: dict[str, Any], message: str, backbone: Backbone
+) -> None:
+    config = tiny.CONFIG.replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        inreach_jax.fit(backbone, Exploding(num_images), config=config)
+
+
+def test_too_few_images_are_refused_if_only_reading_tells(
+    backbone: Backbone, train: np.ndarray
+) -> None:
+    with pytest.raises(ValueError, match="2 training images are fewer than num_seeds = 3"):
+        inreach_jax.fit(backbone, iter(train[:2]), config=tiny.CONFIG, batch_size=BATCH)
+    with pytest.raises(ValueError, match="images is empty"):
+        inreach_jax.extract(backbone, iter([]), config=tiny.CONFIG)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x: x.astype(np.float32) / 255, "images must be uint8 in \\[0, 255\\]; got float32"),
+        (lambda x: x[..., 0], "images must be \\[B, H, W, 3\\]"),
+        (lambda x: x[..., :1], "images must be \\[B, H, W, 3\\]"),
+        (lambda x: np.concatenate([x, x[..., :1]], axis=-1), "images must be \\[B, H, W, 3\\]"),
+        (lambda x: x[:, :0], "images must be \\[B, H, W, 3\\]"),
+        (lambda x: [*x[:4], x[4, ..., 0]], "images\\[4:\\]\\[:1\\] must be \\[B, H, W, 3\\]"),
+        (lambda x: [*x[:4], x[4].astype(int)], "images\\[4:\\]\\[:1\\] must be uint8"),
+    ],
+    ids=["float", "grey", "one-channel", "rgba", "no-rows", "grey-one", "int-one"],
+)
+def test_images_of_another_kind_are_refused(
+    spoil: Any, message: str, backbone: Backbone, train: np.ndarray, bank: NominalBank, score: Any
+) -> None:
+    images = spoil(train)
+    with pytest.raises(ValueError, match=message):
+        inreach_jax.fit(backbone, images, config=tiny.CONFIG, batch_size=BATCH)
+    with pytest.raises(ValueError, match=message):
+        score_all(backbone, bank, images)
+    if isinstance(images, np.ndarray):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(score, backbone.variables, bank, images)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size_is_positive(
+    batch_size: int, backbone: Backbone, train: np.ndarray, bank: NominalBank
+) -> None:
+    message = f"batch_size must be >= 1; got {batch_size}"
+    with pytest.raises(ValueError, match=message):
+        inreach_jax.fit(backbone, train, config=tiny.CONFIG, batch_size=batch_size)
+    with pytest.raises(ValueError, match=message):
+        score_all(backbone, bank, train, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(
+    value: float, backbone: Backbone, train: np.ndarray
+) -> None:
+    spoilt = tiny.replace_variable(backbone, "params", "bn_1", "bias", value)
+    with pytest.raises(ValueError, match=r"features of images\[0\] are not finite.*tiny"):
+        inreach_jax.fit(spoilt, train, config=tiny.CONFIG, batch_size=BATCH)
+
+
+def test_the_image_whose_features_are_not_finite_is_named(
+    backbone: Backbone, train: np.ndarray
+) -> None:
+    # Weights so large that only images of the backbone's own mean colour do not overflow.
+    spoilt = tiny.replace_variable(backbone, "params", "conv_0", "kernel", 3e38)
+    images = np.broadcast_to(np.array(tiny.SPEC.mean, np.uint8), train.shape).copy()
+    inreach_jax.extract(spoilt, images, config=tiny.CONFIG, batch_size=BATCH)
+    images[4] = train[4]
+    with pytest.raises(ValueError, match=r"features of images\[4\] are not finite"):
+        inreach_jax.extract(spoilt, images, config=tiny.CONFIG, batch_size=BATCH)
+
+
+def test_taps_must_exist(backbone: Backbone, train: np.ndarray) -> None:
+    config = tiny.CONFIG.replace(taps=(0, 2))
+    message = r"taps \(0, 2\): tiny has blocks 0 to 1"
+    with pytest.raises(ValueError, match=message):
+        inreach_jax.make_score_fn(backbone, config)
+    with pytest.raises(ValueError, match=message):
+        inreach_jax.fit(backbone, Exploding(NUM_TRAIN), config=config)
+    with pytest.raises(ValueError, match=message):
+        inreach_jax.extract(backbone, Exploding(NUM_TRAIN), config=config)
+
+
+def test_bank_must_have_the_width_of_the_descriptors(
+    jitted: Any, backbone: Backbone, bank: NominalBank, unseen: np.ndarray
+) -> None:
+    narrow = dataclasses.replace(bank, rows=bank.rows[:, 1:], centre=bank.centre[1:])
+    message = rf"descriptors must be \[B, P, {tiny.DIM - 1}\], the bank's D"
+    with pytest.raises(ValueError, match=message):
+        score_all(backbone, narrow, unseen)
+    with pytest.raises(ValueError, match=message):
+        jitted(backbone.variables, narrow, unseen)
+    described = inreach_jax.extract(backbone, unseen, config=tiny.CONFIG, batch_size=BATCH)
+    with pytest.raises(ValueError, match=message):
+        list(inreach_jax.score_descriptor_set(narrow, described, config=tiny.CONFIG))
+
+
+def test_channels_that_are_all_too_short(backbone: Backbone) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (NUM_TRAIN, 36, 36, 3)).astype(np.uint8)
+    described = inreach_jax.extract(
+        backbone, noise, config=tiny.CONFIG, positional=False, batch_size=BATCH
+    )
+    config = tiny.CONFIG.replace(min_channel_length=NUM_TRAIN - 1)
+    with pytest.raises(ValueError, match=r"the longest spans \d of 7 .* min_channel_length = 6"):
+        inreach_jax.fit_descriptors(described, config=config)
+
+
+def test_a_radius_filter_that_drops_everything(backbone: Backbone, train: np.ndarray) -> None:
+    # Where all radii are equal, and be it 0, the published filter drops every member.
+    images = np.repeat(train[:1], NUM_TRAIN, axis=0)
+    with pytest.raises(ValueError, match="spans 7 of 7 .* filter leaves none .* max_channel_std"):
+        inreach_jax.fit(backbone, images, config=CONFIGS["paper"], batch_size=BATCH)
