@@ -24,23 +24,15 @@ from absl import flags
 from tabulate import tabulate
 
 import inreach_jax
-from experiments import runner
+from experiments import common_flags, runner
 from experiments.progress import PhaseTimer
 from inreach_jax import metrics
 from inreach_jax.datasets import Split, load_category
 
-_CATEGORY = flags.DEFINE_string("category", None, "A category.", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the categories.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
-_BACKBONE = flags.DEFINE_enum(
-    "backbone", "efficientnet_lite0", sorted(inreach_jax.BACKBONES), "Feature extractor."
-)
-_WEIGHTS = flags.DEFINE_string("weights", None, "Its weights; by default, well-known places.")
 _RATIOS = flags.DEFINE_list("ratios", ["0", "0.1", "0.4"], "Anomalous shares of training images.")
 _NUM_TRAIN = flags.DEFINE_integer("num_train", 120, "Training images.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Draws of training images, seeds 0, 1, ...")
 _VARIANTS = flags.DEFINE_list("variants", None, "Some of the variants' names; default all.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1)
 
 _COLUMNS = (
     "nominal_precision",
@@ -245,7 +237,9 @@ def main() -> None:
     ratios = sorted(float(ratio) for ratio in _RATIOS.value)
     if not ratios or not 0 <= ratios[0] <= ratios[-1] <= 0.5:
         raise ValueError(f"--ratios must be in [0, 0.5]; got {ratios}")
-    dataset = load_category(_DATA_DIR.value, _CATEGORY.value)
+    dataset = load_category(
+        common_flags.required(common_flags.DATA_DIR), common_flags.required(common_flags.CATEGORY)
+    )
     splits = {
         (ratio, seed): noise_split(
             len(dataset.train),
@@ -257,9 +251,11 @@ def main() -> None:
         )
         for ratio, seed in itertools.product(ratios, range(_SEEDS.value))
     }
-    workdir = runner.make_workdir(_WORKDIR.value)
+    workdir = runner.make_workdir(common_flags.required(common_flags.WORKDIR))
     cells = runner.make_workdir(workdir / "cells")
-    backbone = inreach_jax.load_backbone(_BACKBONE.value, weights=_WEIGHTS.value)
+    backbone = inreach_jax.load_backbone(
+        common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
+    )
     every = Split(
         names=dataset.train.names + dataset.test.names,
         labels=dataset.train.labels + dataset.test.labels,
@@ -299,7 +295,7 @@ def main() -> None:
                 backbone,
                 every.images,
                 config=features,
-                batch_size=_BATCH_SIZE.value,
+                batch_size=common_flags.BATCH_SIZE.value,
                 progress=timer,
             )
         masks = runner.crop_masks(every, config=features)

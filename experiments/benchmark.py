@@ -7,7 +7,7 @@ grid, the paper's D). The peer is the plain product of the same two matrices at 
 the rate that the machine's float32 matrix product reaches, which no exact search by products beats.
 Also prints the memory that the search needs beyond its inputs and outputs.
 
-Writes `benchmark.json` into --workdir: a list of rows with `name`, `unit`, `ours`, `peer`,
+Writes `benchmark.json` into --workdir (results/benchmark): rows of `name`, `unit`, `ours`, `peer`,
 `peer_value`, `ratio` (peer / ours for times), `spread` (interquartile range over median of ours).
 Medians after a warm-up. Expected on two cores: docs/benchmarks.md.
 """
@@ -23,10 +23,9 @@ from absl import flags
 from jax import lax
 from tabulate import tabulate
 
-from experiments import runner
+from experiments import common_flags, runner
 from inreach_jax import distances
 
-_WORKDIR = flags.DEFINE_string("workdir", "results/benchmark", "Folder for the results.")
 _ONLY = flags.DEFINE_list("only", None, "Names of benchmarks; all of them by default.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Measurements of each.", lower_bound=3)
 
@@ -102,7 +101,7 @@ def main() -> None:
     unknown = sorted(set(names) - set(BENCHMARKS))
     if unknown:
         raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {list(BENCHMARKS)}")
-    workdir = runner.make_workdir(_WORKDIR.value)
+    workdir = runner.make_workdir(common_flags.WORKDIR.value or "results/benchmark")
     rows = [row for name in names for row in BENCHMARKS[name](_REPEATS.value)]
     runner.write_json(
         workdir / "benchmark.json",

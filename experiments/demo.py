@@ -6,21 +6,16 @@ Real CC0 photographs of three surfaces with *synthetic* defects (`inreach_jax.da
 fifth of the training images are defective and nobody says which. The figures show that everything
 works; how well it does on real defects, only a set such as MVTec AD can show.
 
-Expected: see README.md.
+Results go to results/demo, or --workdir; --seed, --batch_size and every option of the algorithm are
+flags. Expected: README.md.
 """
 
 import numpy as np
-from absl import flags
 
 import inreach_jax
-from experiments import config_flags, runner
+from experiments import common_flags, runner
 from inreach_jax.datasets import demo, read_image
 from inreach_jax.datasets.files import write_png
-
-_WORKDIR = flags.DEFINE_string("workdir", "results/demo", "Folder for the results.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the crops and the defects.", lower_bound=0)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1)
-config_flags.define()
 
 # Two heat maps of each surface, as `scratch_000` is the first image with a scratch.
 _OVERVIEW = {
@@ -32,12 +27,12 @@ _OVERVIEW = {
 
 def main() -> None:
     """Fits and scores the three surfaces."""
-    config = config_flags.parse()
-    workdir = runner.make_workdir(_WORKDIR.value)
+    config = common_flags.config()
+    workdir = runner.make_workdir(common_flags.WORKDIR.value or "results/demo")
     backbone = inreach_jax.load_backbone("efficientnet_lite0")
     results = {}
     for category in demo.CATEGORIES:
-        dataset = demo.make_demo(category, seed=_SEED.value)
+        dataset = demo.make_demo(category, seed=common_flags.SEED.value)
         print(
             f"{category}: {len(dataset.train)} unlabelled training images, of which "
             f"{dataset.train.anomalous.sum()} have synthetic defects; {len(dataset.test)} to score"
@@ -47,7 +42,7 @@ def main() -> None:
             backbone=backbone,
             config=config,
             workdir=runner.make_workdir(workdir / category),
-            batch_size=_BATCH_SIZE.value,
+            batch_size=common_flags.BATCH_SIZE.value,
         )
     overview = np.concatenate(
         [

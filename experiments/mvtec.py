@@ -16,18 +16,9 @@ Expected of screw (512 px, EfficientNet-Lite0), with the seconds of two CPU core
 from absl import flags
 
 import inreach_jax
-from experiments import config_flags, runner
+from experiments import common_flags, runner
 from inreach_jax.datasets import list_categories, load_category, with_contamination
 
-_CATEGORY = flags.DEFINE_string("category", None, "A category, or all.", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the categories.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
-_BACKBONE = flags.DEFINE_enum(
-    "backbone", "efficientnet_lite0", sorted(inreach_jax.BACKBONES), "Feature extractor."
-)
-_WEIGHTS = flags.DEFINE_string("weights", None, "Its weights; by default, well-known places.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draw of --contaminate.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1)
 _MAX_TRAIN = flags.DEFINE_integer("max_train", None, "Only the first so many.", lower_bound=1)
 _MAX_TEST = flags.DEFINE_integer(
     "max_test", None, "Only so many, spread evenly over the types.", lower_bound=1
@@ -35,29 +26,33 @@ _MAX_TEST = flags.DEFINE_integer(
 _CONTAMINATE = flags.DEFINE_integer(
     "contaminate", 0, "Test images to add to the training images.", lower_bound=0
 )
-config_flags.define()
 
 
 def main() -> None:
     """Fits and scores what the flags say."""
-    config = config_flags.parse()
-    every = _CATEGORY.value == "all"
-    names = list_categories(_DATA_DIR.value) if every else (_CATEGORY.value,)
+    config = common_flags.config()
+    category = common_flags.required(common_flags.CATEGORY)
+    data_dir = common_flags.required(common_flags.DATA_DIR)
+    workdir = common_flags.required(common_flags.WORKDIR)
+    every = category == "all"
+    names = list_categories(data_dir) if every else (category,)
     # Whatever is wrong with a category, a flag or a file shows before the first one is fitted.
     datasets = [
         runner.limit(
             with_contamination(
-                load_category(_DATA_DIR.value, name),
+                load_category(data_dir, name),
                 num_images=_CONTAMINATE.value,
-                seed=_SEED.value,
+                seed=common_flags.SEED.value,
             ),
             max_train=_MAX_TRAIN.value,
             max_test=_MAX_TEST.value,
         )
         for name in names
     ]
-    workdir = runner.make_workdir(_WORKDIR.value)
-    backbone = inreach_jax.load_backbone(_BACKBONE.value, weights=_WEIGHTS.value)
+    workdir = runner.make_workdir(workdir)
+    backbone = inreach_jax.load_backbone(
+        common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
+    )
 
     results = {}
     for dataset in datasets:
@@ -67,7 +62,7 @@ def main() -> None:
             backbone=backbone,
             config=config,
             workdir=runner.make_workdir(workdir / dataset.name) if every else workdir,
-            batch_size=_BATCH_SIZE.value,
+            batch_size=common_flags.BATCH_SIZE.value,
         )
     if every:
         runner.finish(results, workdir=workdir)

@@ -31,15 +31,14 @@ from absl import flags
 from tabulate import tabulate
 
 import inreach_jax
-from experiments import runner
+from experiments import common_flags, runner
 from inreach_jax import metrics
 from inreach_jax.association import associate
 from inreach_jax.images import check_images
 
-_INPUT = flags.DEFINE_string("input", None, "An .npz file, see above.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
+_INPUT = flags.DEFINE_string("input", None, "An .npz file with images and options.")
+_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.")
 _COMPARE = flags.DEFINE_boolean("compare", False, "Compare with the results in --input.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1)
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -209,10 +208,11 @@ def compare(ours: Arrays, theirs: Arrays) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Computes, writes and compares."""
-    given = read_input(_INPUT.value)
+    output = common_flags.required(_OUTPUT)
+    given = read_input(common_flags.required(_INPUT))
     backbone = inreach_jax.load_backbone("efficientnet_lite0")
-    result = compute(given, backbone=backbone, batch_size=_BATCH_SIZE.value)
-    with open(_OUTPUT.value, "wb") as file:
+    result = compute(given, backbone=backbone, batch_size=common_flags.BATCH_SIZE.value)
+    with open(output, "wb") as file:
         np.savez(file, allow_pickle=False, **result)
     if not _COMPARE.value:
         return

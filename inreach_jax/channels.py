@@ -116,10 +116,8 @@ def filter_channels(
         spread = jnp.sqrt(variance)
         limit = config.max_channel_std * spread
 
-    long_enough = span > config.min_channel_length
-    matched = segment < num_channels
-    keep = matched & of_channel(long_enough) & (radii < of_channel(limit))
-    keep_founder = long_enough & (founder_radii < limit)
+    keep = (segment < num_channels) & (radii < of_channel(limit))
+    keep_founder = founder_radii < limit
     kept_span = _segment_sum(keep.astype(jnp.int32), segment, num_channels)
     kept_span += keep_founder.astype(jnp.int32)
     kept = kept_span > config.min_channel_length

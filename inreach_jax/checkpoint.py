@@ -140,7 +140,7 @@ def restore_bank(
 
 
 def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) -> InReachConfig:
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or not manifest:
         raise ValueError(
             f"the bank at {path} has no readable manifest. Restore a copy or fit again"
         )

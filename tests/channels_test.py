@@ -107,7 +107,7 @@ def test_radii_and_spread(
 @pytest.mark.parametrize("min_channel_length", [1, 4])
 @pytest.mark.parametrize(
     "radius_filter, max_channel_std",
-    [("none", 5.0), ("std", 5.0), ("std", 3.1), ("std", 2.6), ("rms", 1.4), ("rms", 1.2)],
+    [("none", 5.0), ("std", 5.0), ("std", 2.8), ("rms", 1.4), ("rms", 1.1)],
 )
 def test_nominal_patches_equal_the_oracle(
     radius_filter: RadiusFilter, max_channel_std: float, min_channel_length: int
@@ -143,15 +143,15 @@ def test_filters_matter_on_these_channels() -> None:
     x, members = _case()
     filters: list[tuple[RadiusFilter, float]] = [
         ("none", 5.0),
-        ("std", 3.1),
-        ("std", 2.6),
+        ("std", 5.0),
+        ("std", 2.8),
         ("rms", 1.4),
-        ("rms", 1.2),
+        ("rms", 1.1),
     ]
     outcomes = []
     for radius_filter, limit in filters:
         config = InReachConfig(
-            radius_filter=radius_filter, max_channel_std=limit, min_channel_length=4
+            radius_filter=radius_filter, max_channel_std=limit, min_channel_length=1
         )
         outcomes.append(_nominal(_channels(x, members, config)))
     assert len({tuple(sorted(outcome.items())) for outcome in outcomes}) == len(filters)
@@ -227,3 +227,14 @@ def test_equal_radii_are_dropped_by_their_deviation_only() -> None:
         out = _filter(members, radii, founder_radii, num_seeds=1, config=config)
         np.testing.assert_array_equal(out.multiplicity[:, 0], kept)
         np.testing.assert_allclose(out.spread, [np.std([0, 1, 1])], rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit, kept", [(2.0, [1, 1, 0, 0]), (2.01, [1, 1, 1, 1])])
+def test_a_radius_at_the_limit_is_dropped(limit: float, kept: list[int]) -> None:
+    channel = jnp.array([[UNMATCHED], [0], [0], [0]], jnp.int32)
+    members = Members(channel=channel, patch=jnp.zeros((4, 1), jnp.int32))
+    config = InReachConfig(radius_filter="std", max_channel_std=limit, min_channel_length=1)
+    radii = jnp.array([[0.0], [0.0], [2.0], [2.0]])  # their deviation is 1, exactly
+    out = _filter(members, radii, jnp.zeros(1), num_seeds=1, config=config)
+    np.testing.assert_array_equal(out.spread, [1.0])
+    np.testing.assert_array_equal(out.multiplicity[:, 0], kept)

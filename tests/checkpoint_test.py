@@ -345,55 +345,61 @@ def test_changed_manifests_are_refused(
         inreach_jax.restore_bank(saved, backbone=backbone)
 
 
-def spoilt(content: bytes) -> Iterator[bytes | None]:
+def damaged(content: bytes) -> Iterator[bytes | None]:
     """Ways in which a file can be damaged; None: it is gone."""
     yield None
     yield b""
-    yield content[: len(content) // 2]
-    yield content[:-1]
-    for at in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+    for end in (len(content) // 2, -1):
+        yield content[:end]
+    for at in (0, len(content) // 3, len(content) // 2, len(content) - 1):
         yield content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+
+
+def count_refusals(
+    directory: pathlib.Path, path: pathlib.Path, *, bank: NominalBank, backbone: Backbone
+) -> int:
+    """Damages a file in every way: the bank must be as it was saved, or be refused."""
+    refused = 0
+    content = path.read_bytes()
+    for spoilt in damaged(content) if content else [None]:
+        path.unlink(missing_ok=True)
+        if spoilt is not None:
+            path.write_bytes(spoilt)
+        try:
+            restored, config = inreach_jax.restore_bank(directory, backbone=backbone)
+        except ValueError as error:
+            assert str(directory / "0") in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert bits(restored) == bits(bank), path
+            assert config == tiny.CONFIG
+    path.write_bytes(content)
+    return refused
 
 
 @_ORBAX_FAILS
 def test_damage_is_noticed(saved: pathlib.Path, bank: NominalBank, backbone: Backbone) -> None:
-    """Whatever happens to a file, the bank is as it was saved, or it is refused."""
-    refused = 0
-    contents = files(saved)
-    assert any(len(content) > COUNT * DIM * 4 for content in contents.values())  # the rows
-    for name, content in contents.items():
-        for damaged in spoilt(content) if content else [None]:
-            (saved / name).unlink()
-            if damaged is not None:
-                (saved / name).write_bytes(damaged)
-            try:
-                restored, config = inreach_jax.restore_bank(saved, backbone=backbone)
-            except ValueError as error:
-                assert str(saved / "0") in str(error)  # noqa: PT017
-                refused += 1
-            else:
-                assert bits(restored) == bits(bank), name
-                assert config == tiny.CONFIG
-            (saved / name).write_bytes(content)
-    assert refused > 20
-    inreach_jax.restore_bank(saved, backbone=backbone)
+    assert any(len(content) > COUNT * DIM * 4 for content in files(saved).values())  # the rows
+    refused = {
+        name: count_refusals(saved, saved / name, bank=bank, backbone=backbone)
+        for name in files(saved)
+    }
+    assert refused["0/_CHECKPOINT_METADATA"] >= 4
+    assert refused["0/state/manifest.ocdbt"] == 8
+    assert sum(refused.values()) > 20
+    assert bits(inreach_jax.restore_bank(saved, backbone=backbone)[0]) == bits(bank)
     gc.collect()
 
 
 @_ORBAX_FAILS
 def test_damage_to_a_bigger_bank_is_noticed(tmp_path: pathlib.Path, backbone: Backbone) -> None:
-    """Orbax keeps big arrays in files of their own."""
-    step = inreach_jax.save_bank(
-        tmp_path, make_bank(3000, 16), backbone=backbone, config=tiny.CONFIG
-    )
+    """Orbax keeps big arrays in a file of their own, and does not check what is in it."""
+    bank = make_bank(3000, 16)
+    step = inreach_jax.save_bank(tmp_path, bank, backbone=backbone, config=tiny.CONFIG)
     name, content = max(files(step).items(), key=lambda item: len(item[1]))
     assert len(content) > 3000 * 16 * 3
-    for damaged in spoilt(content):
-        (step / name).unlink()
-        if damaged is not None:
-            (step / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"the bank at {step} is damaged"):
-            inreach_jax.restore_bank(tmp_path, backbone=backbone)
+    # All but the two at its end, where nothing is read.
+    assert count_refusals(tmp_path, step / name, bank=bank, backbone=backbone) >= 6
     gc.collect()
 
 

@@ -1,0 +1,92 @@
+"""Flags that several binaries have, defined once, and flags for every option of the algorithm.
+
+Each binary uses those that its docstring names. `--helpfull` lists all.
+"""
+
+import dataclasses
+import re
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from absl import flags
+
+from inreach_jax import BACKBONES, PRESETS, InReachConfig
+
+CATEGORY = flags.DEFINE_string("category", None, "A category of the data set.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder that the categories are in.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the results.")
+BACKBONE = flags.DEFINE_enum(
+    "backbone", "efficientnet_lite0", sorted(BACKBONES), "The network that features come from."
+)
+WEIGHTS = flags.DEFINE_string("weights", None, "Its weights; by default in well-known places.")
+SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1)
+PRESET = flags.DEFINE_enum("preset", "default", sorted(PRESETS), "Options to start from.")
+
+
+def required(flag: flags.FlagHolder[Any]) -> Any:
+    """The value of a flag that a binary cannot do without.
+
+    Raises:
+      ValueError: it was not given.
+    """
+    if flag.value is None:
+        raise ValueError(f"--{flag.name} is needed: {flags.FLAGS[flag.name].help}")
+    return flag.value
+
+
+def config() -> InReachConfig:
+    """The options that the flags describe: those of --preset, and what is given beside it.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+    changes = {
+        name: _parse_list(name, value) if isinstance(value, list) else value
+        for name, holder in _OPTIONS.items()
+        if (value := holder.value) is not None
+    }
+    return PRESETS[PRESET.value].replace(**changes)
+
+
+def _define_options() -> dict[str, flags.FlagHolder[Any]]:
+    """A flag per option, whose help is what `InReachConfig`'s docstring says of it."""
+    text = (InReachConfig.__doc__ or "").partition("Attributes:")[2]
+    parts = re.split(r"\n\s{6}(\w+): ", text)
+    docs = {
+        name: " ".join(body.split()) for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    hints = get_type_hints(InReachConfig)
+    holders = {}
+    for field in dataclasses.fields(InReachConfig):
+        name, hint = field.name, hints[field.name]
+        holder: flags.FlagHolder[Any]
+        if get_origin(hint) is Literal:
+            holder = flags.DEFINE_enum(name, None, list(get_args(hint)), docs[name])
+        elif hint is bool:
+            holder = flags.DEFINE_boolean(name, None, docs[name])
+        elif hint is float:
+            holder = flags.DEFINE_float(name, None, docs[name])
+        elif hint is int:
+            holder = flags.DEFINE_integer(name, None, docs[name])
+        else:
+            holder = flags.DEFINE_list(name, None, f"{docs[name]} Whole numbers, or none.")
+        holders[name] = holder
+    return holders
+
+
+def _parse_list(name: str, value: list[str]) -> Any:
+    hint = get_type_hints(InReachConfig)[name]
+    if value == ["none"] and type(None) in get_args(hint):
+        return None
+    try:
+        numbers = tuple(int(v) for v in value)
+    except ValueError as error:
+        raise ValueError(f"--{name} takes whole numbers; got {','.join(value)}") from error
+    if name in ("resize", "crop") and len(numbers) == 1:
+        return numbers * 2
+    if name == "level_dim" and len(numbers) == 1:
+        return numbers[0]
+    return numbers
+
+
+_OPTIONS = _define_options()

@@ -1,0 +1,354 @@
+"""The binary for MVTec AD's layout, on a tiny data set and a tiny backbone."""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import inreach_jax
+from inreach_jax import metrics
+from inreach_jax.backbones import Backbone
+from inreach_jax.datasets import demo, load_category, read_image, write_demo
+from tests import binary, tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL = ("--resize=36", "--crop=32", "--num_seeds=3", "--min_channel_length=1", "--batch_size=4")
+MEASURES = {
+    "image_auroc",
+    "image_ap",
+    "image_f1_max",
+    "pixel_auroc",
+    "pixel_ap",
+    "pixel_f1_max",
+    "aupro",
+    "nominal_precision",
+    "nominal_recall",
+}
+NUM_TRAIN, NUM_TEST = 6, 8
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("data") / "demo"
+    write_demo(directory, num_train=NUM_TRAIN, num_test=NUM_TEST, size=64)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny.backbone()
+
+
+@pytest.fixture
+def mvtec(monkeypatch: pytest.MonkeyPatch, backbone: Backbone) -> ModuleType:
+    monkeypatch.setattr(inreach_jax, "load_backbone", lambda name, *, weights: backbone)
+    return binary.load("mvtec")
+
+
+@pytest.fixture(scope="module")
+def out(
+    tmp_path_factory: pytest.TempPathFactory, data_dir: pathlib.Path, backbone: Backbone
+) -> pathlib.Path:
+    """Results of one category, made in a folder that was used before."""
+    out = tmp_path_factory.mktemp("results") / "out"
+    for name in ("heatmaps/stale.png", "heatmaps/deep/stale.png", "notes.txt", "own/kept.png"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inreach_jax, "load_backbone", lambda name, *, weights: backbone)
+        module = binary.load("mvtec")
+        binary.succeeds(
+            module, "--category=brick", f"--data_dir={data_dir}", f"--workdir={out}", *SMALL
+        )
+    return out
+
+
+@pytest.fixture(scope="module")
+def result(out: pathlib.Path) -> Any:
+    return json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def scores(out: pathlib.Path) -> list[dict[str, str]]:
+    with (out / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_metrics_file(result: Any, backbone: Backbone, out: pathlib.Path) -> None:
+    for name in MEASURES:
+        assert 0 <= result[name] <= 1, name
+    assert result["category"] == "brick"
+    assert (result["num_train"], result["num_test"]) == (NUM_TRAIN, NUM_TEST)
+    assert 0 < result["bank_rows"] <= NUM_TRAIN * tiny.NUM_PATCHES
+    phases = result["seconds"]
+    assert set(phases) >= {"features", "association", "channels", "scoring", "total"}
+    assert phases["features"] > 0
+    assert phases["total"] == pytest.approx(sum(phases.values()) - phases["total"])
+    assert 50 * 2**20 < result["peak_memory_bytes"] < 2**37
+    assert result["versions"]["jax"] == jax.__version__
+    assert {"python", "numpy", "flax", "device"} <= result["versions"].keys()
+    assert result["command"].startswith("python -m experiments.mvtec --category=brick --data_dir=")
+    assert result["command"].endswith(" ".join(SMALL))
+    assert result["backbone"] == {"name": "tiny", "weights_digest": backbone.weights_digest}
+    config = inreach_jax.InReachConfig.from_dict(result["config"])
+    assert config == inreach_jax.InReachConfig(
+        resize=(36, 36), crop=(32, 32), num_seeds=3, min_channel_length=1
+    )
+
+
+def test_scores_are_those_of_the_bank(
+    result: Any,
+    scores: list[dict[str, str]],
+    out: pathlib.Path,
+    data_dir: pathlib.Path,
+    backbone: Backbone,
+) -> None:
+    test = load_category(data_dir, "brick").test
+    assert list(scores[0]) == ["path", "label", "score"]
+    assert [row["path"] for row in scores] == list(test.names)
+    assert [row["label"] for row in scores] == list(test.labels)
+    values = np.array([float(row["score"]) for row in scores])
+
+    bank, config = inreach_jax.restore_bank(out / "bank", backbone=backbone)
+    assert int(bank.count) == result["bank_rows"]
+    blocks = inreach_jax.score_images(backbone, bank, test.images, config=config, batch_size=4)
+    np.testing.assert_allclose(values, np.concatenate([b.image for b in blocks]), rtol=1e-6)
+    assert metrics.auroc(values, test.anomalous) == pytest.approx(result["image_auroc"])
+
+
+def test_a_heat_map_per_image(
+    out: pathlib.Path, result: Any, scores: list[dict[str, str]], data_dir: pathlib.Path
+) -> None:
+    maps = sorted(path.name for path in (out / "heatmaps").iterdir())
+    expected = [row["path"].replace("/", "_") for row in scores]
+    assert maps == sorted(expected)  # and what was there before is gone
+    low, high = result["heatmap_scale"]
+    assert 0 <= low < high
+    test = load_category(data_dir, "brick").test
+    for name, image, mask in zip(expected, test.images, test.masks, strict=True):
+        crop, heat, truth = np.split(read_image(out / "heatmaps" / name), 3, axis=1)
+        assert crop.shape == heat.shape == truth.shape == (32, 32, 3)
+        assert abs(crop.mean() - image.mean()) < 20
+        assert bool(truth.any()) == bool(mask.any())
+        assert np.ptp(heat.mean(axis=-1)) > 0
+
+
+def test_files_of_the_user_are_kept(out: pathlib.Path) -> None:
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "own" / "kept.png").read_text() == "mine"
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("bank", "heatmaps", "metrics.json", "notes.txt", "own", "scores.csv"),
+    ]
+
+
+def test_running_again_keeps_the_banks(
+    mvtec: ModuleType, out: pathlib.Path, data_dir: pathlib.Path, backbone: Backbone, result: Any
+) -> None:
+    before = inreach_jax.restore_bank(out / "bank", backbone=backbone, step=0)[0]
+    binary.succeeds(
+        mvtec,
+        *("--category=brick", f"--data_dir={data_dir}", f"--workdir={out}", "--max_test=3"),
+        *SMALL,
+    )
+    again = json.loads((out / "metrics.json").read_text())
+    assert again["num_test"] == 3
+    assert again["bank_rows"] == result["bank_rows"]
+    heatmaps = sorted(path.name for path in (out / "heatmaps").iterdir())
+    test = load_category(data_dir, "brick").test
+    assert heatmaps == sorted(test.names[i].replace("/", "_") for i in (0, 4, 7))
+    for step in (0, 1):
+        bank = inreach_jax.restore_bank(out / "bank", backbone=backbone, step=step)[0]
+        jax.tree.map(np.testing.assert_array_equal, bank, before)
+
+
+def test_all_categories(
+    mvtec: ModuleType,
+    data_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    binary.succeeds(
+        mvtec,
+        *("--category=all", f"--data_dir={data_dir}", f"--workdir={tmp_path}"),
+        *("--contaminate=2", "--seed=3", "--max_train=7", "--smoothing_sigma=0", *SMALL),
+    )
+    combined = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(combined["categories"]) == set(demo.CATEGORIES)
+    for category in demo.CATEGORIES:
+        own = json.loads((tmp_path / category / "metrics.json").read_text())
+        assert own == combined["categories"][category]
+        assert (own["num_train"], own["num_test"]) == (7, NUM_TEST)  # of 6 and 2 more
+        assert own["config"]["smoothing_sigma"] == 0
+        assert len(list((tmp_path / category / "heatmaps").iterdir())) == NUM_TEST
+        assert (tmp_path / category / "scores.csv").is_file()
+        assert (tmp_path / category / "bank" / "0").is_dir()
+    assert set(combined["mean"]) == MEASURES
+    for name, value in combined["mean"].items():
+        each = [own[name] for own in combined["categories"].values()]
+        assert value == pytest.approx(np.mean(each))
+    table = capsys.readouterr().out
+    for category in (*demo.CATEGORIES, "mean"):
+        assert f"| {category} " in table
+    assert str(tmp_path) in table
+
+
+def test_contamination_is_seen_by_the_bank_only(
+    mvtec: ModuleType,
+    data_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = {}
+
+    def run_category(dataset: Any, **unused: Any) -> Any:
+        seen["dataset"] = dataset
+        return {**dict.fromkeys(MEASURES, 0.0), "seconds": {"total": 0.0}}
+
+    monkeypatch.setattr("experiments.runner.run_category", run_category)
+    binary.succeeds(
+        mvtec,
+        *("--category=grass", f"--data_dir={data_dir}", f"--workdir={tmp_path}"),
+        *("--contaminate=5", "--seed=1"),
+    )
+    dataset = seen["dataset"]
+    assert len(dataset.train) == NUM_TRAIN + 5
+    assert set(dataset.train.names[NUM_TRAIN:]) <= set(dataset.test.names)
+    assert len(set(dataset.train.names[NUM_TRAIN:])) == 5
+    assert dataset.test.names == load_category(data_dir, "grass").test.names
+
+
+def _as_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data_dir": "{tmp}/nowhere"}, "data_dir {tmp}/nowhere is not a folder"),
+        ({"data_dir": "{tmp}"}, "data_dir {tmp} holds no categories"),
+        ({"data_dir": "{data}/brick"}, "data_dir {data}/brick is a category itself"),
+        ({"category": "screw"}, "there is no category 'screw' in {data}; there are: brick, grass"),
+        ({"crop": "40"}, "crop (40, 40) is larger than resize (36, 36)"),
+        ({"crop": "wide"}, "--crop takes whole numbers; got wide"),
+        ({"taps": "2,1"}, "taps must be None or block numbers"),
+        ({"taps": "0,7"}, "taps (0, 7): tiny has blocks 0 to 1"),
+        ({"smoothing_sigma": "-1"}, "smoothing_sigma must be a finite number >= 0; got -1.0"),
+        ({"workdir": "{tmp}/file"}, "--workdir {tmp}/file cannot be written"),
+        ({"workdir": "{tmp}/file/below"}, "--workdir {tmp}/file/below cannot be written"),
+        ({"max_train": "2"}, "2 training images are fewer than num_seeds = 3"),
+        ({"min_channel_length": "6"}, "never be longer than min_channel_length = 6"),
+        ({"contaminate": "99"}, "num_images must be in [0, 8], the number of test images"),
+        ({"seed": "-1", "contaminate": "1"}, "seed must be >= 0; got -1"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if value is dict else None,
+)
+def test_what_the_user_can_mend_is_one_line(
+    changes: dict[str, str],
+    message: str,
+    mvtec: ModuleType,
+    data_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    options = {"category": "brick", "data_dir": "{data}", "workdir": "{tmp}/out"} | changes
+    args = [
+        f"--{name}={value.format(tmp=tmp_path, data=data_dir)}" for name, value in options.items()
+    ]
+    error = binary.fails(mvtec, *SMALL, *args)
+    assert error.startswith("error: ")
+    assert message.format(tmp=tmp_path, data=data_dir) in error
+    assert "\n" not in error
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.skipif(_as_root(), reason="root may write anywhere")
+def test_workdir_must_be_writable(
+    mvtec: ModuleType, data_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    error = binary.fails(
+        mvtec, "--category=brick", f"--data_dir={data_dir}", f"--workdir={tmp_path}/locked"
+    )
+    assert error == f"error: --workdir {tmp_path}/locked cannot be written: Permission denied"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--category=brick", "--workdir=x"], "--data_dir"),
+        (["--data_dir=x", "--workdir=x"], "--category"),
+        (["--category=a", "--data_dir=b", "--workdir=c", "--preset=best"], "--preset=best"),
+        (["--category=a", "--data_dir=b", "--workdir=c", "--pairs=some"], "--pairs=some"),
+        (["--category=a", "--data_dir=b", "--workdir=c", "--batch_size=0"], "--batch_size=0"),
+        (["--category=a", "--data_dir=b", "--workdir=c", "--num_seeds=x"], "--num_seeds=x"),
+        (["--category=a", "--data_dir=b", "--workdir=c", "--nonsense=1"], "'nonsense'"),
+        (["--category=a", "--data_dir=b", "--workdir=c", "stray"], "stray"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    args: list[str], message: str, mvtec: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = binary.fails(mvtec, *args)
+    assert code == "1"
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+    assert "Traceback" not in printed.out + printed.err
+
+
+def test_as_a_program(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The command itself, with the backbone that comes along."""
+    command = [
+        *(sys.executable, "-m", "experiments.mvtec", f"--data_dir={data_dir}"),
+        *(f"--workdir={tmp_path}/out", "--resize=64", "--crop=64", "--num_seeds=2"),
+        *("--min_channel_length=2", "--max_train=4", "--max_test=2", "--batch_size=4"),
+    ]
+    good, bad = (
+        subprocess.Popen(
+            [*command, f"--category={category}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for category in ("gravel", "nothing")
+    )
+    out, err = bad.communicate()
+    assert bad.returncode == 1
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: there is no category 'nothing'")
+
+    out, err = good.communicate()
+    assert good.returncode == 0, err
+    assert "gravel: 4 training images, 2 to score" in out
+    assert "| gravel " in out
+    for phase in ("features", "association", "bank", "scoring"):
+        assert phase in err  # progress bars
+    assert "Traceback" not in err
+    assert "INFO" not in err
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["bank_rows"] > 0
+    assert result["backbone"]["name"] == "efficientnet_lite0"
+
+
+def test_a_run_does_not_see_labels(
+    mvtec: ModuleType, out: pathlib.Path, data_dir: pathlib.Path, backbone: Backbone
+) -> None:
+    """The bank is that of the training images alone, whatever masks and labels say."""
+    del mvtec
+    train = load_category(data_dir, "brick").train
+    _, config = inreach_jax.restore_bank(out / "bank", backbone=backbone, step=0)
+    relabelled = dataclasses.replace(train, labels=("scratch",) * len(train))
+    bank = inreach_jax.fit(backbone, relabelled.images, config=config, batch_size=4)
+    saved, _ = inreach_jax.restore_bank(out / "bank", backbone=backbone, step=0)
+    jax.tree.map(np.testing.assert_array_equal, bank, saved)
