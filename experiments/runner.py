@@ -132,11 +132,13 @@ def run_category(
       ValueError: as `inreach_jax.fit`.
       OSError: something cannot be written.
     """
-    with PhaseTimer() as timer:
+    timer = PhaseTimer()
+    with timer:
         bank = inreach_jax.fit(
             backbone, dataset.train.images, config=config, batch_size=batch_size, progress=timer
         )
-        inreach_jax.save_bank(workdir / "bank", bank, backbone=backbone, config=config)
+    inreach_jax.save_bank(workdir / "bank", bank, backbone=backbone, config=config)
+    with timer:
         scored = list(
             inreach_jax.score_images(
                 backbone,

@@ -317,8 +317,10 @@ def _find_channels(
         for images, block in descriptors.enumerate():
             of_block = _member_radii(seeds, offset, block, _of_block(members, images, len(block)))
             radii[images] = np.asarray(of_block)[: images.stop - images.start]
-            progress("channels", images.stop, descriptors.num_images)
-    return _filter_channels(members, radii, founder_radii, config=config)
+            progress("channels", images.start, descriptors.num_images)
+    channels = jax.block_until_ready(_filter_channels(members, radii, founder_radii, config=config))
+    progress("channels", descriptors.num_images, descriptors.num_images)
+    return channels
 
 
 def _collect(

@@ -153,12 +153,12 @@ def test_any_placement(tmp_path: pathlib.Path, bank: NominalBank, backbone: Back
 
 def test_fitted_bank_scores_the_same(tmp_path: pathlib.Path, backbone: Backbone) -> None:
     train = tiny.images(7)
-    bank = inreach_jax.fit(backbone, train, config=tiny.CONFIG, batch_size=3)
+    bank = inreach_jax.fit(backbone, train, config=tiny.CONFIG, batch_size=tiny.BATCH)
     inreach_jax.save_bank(tmp_path, bank, backbone=backbone, config=tiny.CONFIG)
     restored, config = inreach_jax.restore_bank(tmp_path, backbone=backbone)
     assert bits(restored) == bits(bank)
     assert jax.tree.structure(restored) == jax.tree.structure(bank)
-    described = inreach_jax.extract(backbone, train, config=config, batch_size=3)
+    described = inreach_jax.extract(backbone, train, config=config, batch_size=tiny.BATCH)
     (first, *_), (again, *_) = (
         list(inreach_jax.score_descriptor_set(b, described, config=config))
         for b in (bank, restored)

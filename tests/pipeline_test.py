@@ -43,7 +43,8 @@ CONFIGS = {
     ),
 }
 NUM_TRAIN = 7
-BATCH = 3  # so that the last block is padded
+BATCH = tiny.BATCH
+assert NUM_TRAIN % BATCH  # so that the last block is padded
 
 
 class Exploding(Sequence[np.ndarray]):

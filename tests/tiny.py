@@ -21,6 +21,12 @@ CONFIG = InReachConfig(
     min_channel_length=2,
     smoothing_sigma=2.0,
 )
+BATCH = 3  # the same everywhere, so that tests share compilations
+FLAGS = (
+    *("--resize=36", "--crop=32", "--num_seeds=3", "--min_channel_length=2"),
+    *("--smoothing_sigma=2", f"--batch_size={BATCH}"),
+)
+"""CONFIG and BATCH on a command line."""
 NUM_PATCHES = 64
 DIM = 8 + 12 + 2  # the texture is not symmetric, so position counts
 
