@@ -310,7 +310,7 @@ def test_as_a_program(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     command = [
         *(sys.executable, "-m", "experiments.mvtec", f"--data_dir={data_dir}"),
         *(f"--workdir={tmp_path}/out", "--resize=64", "--crop=64", "--num_seeds=2"),
-        *("--min_channel_length=2", "--max_train=4", "--max_test=2", "--batch_size=4"),
+        *("--min_channel_length=2", "--max_train=4", "--max_test=2", "--batch_size=4", "--taps=2"),
     ]
     good, bad = (
         subprocess.Popen(

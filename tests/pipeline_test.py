@@ -19,6 +19,7 @@ import inreach_jax
 from inreach_jax import PRESETS, InReachConfig, NominalBank, Scores, pipeline
 from inreach_jax import images as images_lib
 from inreach_jax.backbones import Backbone
+from inreach_jax.types import Channels
 from tests import oracle, tiny
 
 CONFIGS = {
@@ -215,6 +216,16 @@ def test_radius_filter_does_not_see_the_blocks(backbone: Backbone, train: np.nda
     banks = [inreach_jax.fit_descriptors(d, config=config) for d in (described, one_block)]
     assert patches_of(banks[0]) == patches_of(banks[1])
     np.testing.assert_array_equal(banks[0].rows, banks[1].rows)
+
+    def channels(descriptors: inreach_jax.DescriptorSet) -> Channels:
+        kwargs: Any = {"config": config, "progress": lambda *unused: None}
+        members = pipeline._associate_all(descriptors, **kwargs)
+        return pipeline._find_channels(descriptors, members, **kwargs)
+
+    # The padding of the last block is in no channel, not even in one that is dropped anyhow.
+    blockwise, at_once = channels(described), channels(one_block)
+    np.testing.assert_array_equal(blockwise.span, at_once.span)
+    np.testing.assert_allclose(blockwise.spread, at_once.spread, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [list, jnp.asarray, iter, Sequence])
@@ -414,8 +425,10 @@ def test_progress_counts_every_phase_to_its_total(
         )
     )
     assert list(calls) == ["features", "association", "channels", "bank", "scoring"]
-    for phase in ("features", "association", "channels", "bank"):
+    for phase in ("features", "association", "bank"):
         assert calls[phase] == [(3, 7), (6, 7), (7, 7)]
+    assert calls["channels"] == sorted(set(calls["channels"]))
+    assert calls["channels"][-1] == (7, 7)
     assert calls["scoring"] == [(3, None), (4, None)]
 
 
