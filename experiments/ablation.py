@@ -48,12 +48,12 @@ _COLUMNS = (
 _QUIRKS: Mapping[str, tuple[str, ...]] = {
     "index order swapped": ("index_order",),
     "BatchNorm of each image": ("batch_norm",),
-    "BGR, permuted mean": ("channel_order", "normalization"),
+    "BGR and permuted mean": ("channel_order", "normalization"),
     "veto": ("veto",),
     "std-of-radii filter": ("radius_filter", "max_channel_std"),
     "earlier seeds only": ("pairs",),
     "1024 pooled dimensions": ("level_dim", "descriptor_dim"),
-    "smoothing 13, nearest": ("smoothing_sigma", "upsampling"),
+    "smoothing 13 and nearest": ("smoothing_sigma", "upsampling"),
 }
 # Options that are no quirk but a choice.
 _CHOICES: Mapping[str, Mapping[str, Any]] = {
@@ -64,7 +64,9 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "rms filter at 1.5": {"radius_filter": "rms", "max_channel_std": 1.5},
     "position on": {"positional": "on"},
     "aligned": {"alignment": "rotation"},
-    "128 dimensions": {"descriptor_dim": 128},
+    "256 dimensions": {"level_dim": 256, "descriptor_dim": 256},
+    "a dimension per channel": {"level_dim": None, "descriptor_dim": 1024},
+    "taps 4, 7": {"taps": (4, 7)},
     "smoothing 8": {"smoothing_sigma": 8.0},
 }
 

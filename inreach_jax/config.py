@@ -60,8 +60,8 @@ class InReachConfig:
     normalization: Literal["backbone", "released"] = "backbone"
     batch_norm: Literal["running", "image"] = "running"
     taps: tuple[int, ...] | None = None
-    level_dim: int | None = None
-    descriptor_dim: int = 1024
+    level_dim: int | None = 512
+    descriptor_dim: int = 512
     positional: Literal["auto", "on", "off"] = "auto"
     position_weight: float = 5.0
     num_seeds: int = 10
