@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import time
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,12 @@ def ranking_case(name):
             labels = np.arange(400) == np.argsort(scores)[-20]
         case "integers":
             scores = np.round(3 * scores).astype(np.int16)
+        case "single image":
+            scores, labels = scores[:1], np.ones(1, bool)
+        case "all anomalous":
+            labels = np.ones_like(labels)
+        case "constant infinity":
+            scores = np.full_like(scores, np.inf)
         case "bfloat16":
             scores = jnp.asarray(scores, jnp.bfloat16)
     return scores, labels
@@ -89,6 +97,7 @@ RANKING_CASES = [
     "shaped",
     "one anomaly",
     "integers",
+    "constant infinity",
     "bfloat16",
 ]
 
@@ -97,7 +106,7 @@ RANKING_CASES = [
 def test_ranking_metrics_match_scikit_learn(name):
     scores, labels = ranking_case(name)
     flat, truth = np.asarray(scores).astype(np.float64).ravel(), labels.ravel()
-    if name == "infinite":  # scikit-learn wants finite numbers; only the order matters
+    if "infinit" in name:  # scikit-learn wants finite numbers; only the order matters
         flat = np.unique(flat, return_inverse=True)[1].astype(np.float64)
     expected_auroc = sklearn.metrics.roc_auc_score(truth, flat)
     expected_ap = sklearn.metrics.average_precision_score(truth, flat)
@@ -116,6 +125,15 @@ def test_ranking_metrics_match_scikit_learn(name):
         "image_ap": metrics.average_precision(scores, labels),
         "image_f1_max": f1,
     }
+
+
+@pytest.mark.parametrize("name", ["all anomalous", "single image"])
+def test_one_class_is_ranked_perfectly_or_not_at_all(name):
+    scores, labels = ranking_case(name)
+    assert sklearn.metrics.average_precision_score(labels, scores) == 1.0
+    assert math.isnan(metrics.auroc(scores, labels))
+    assert metrics.average_precision(scores, labels) == 1.0
+    assert metrics.f1_max(scores, labels) == (1.0, scores.min())
 
 
 def test_simple_values_by_hand():
@@ -147,6 +165,17 @@ def pixel_case(name):
             maps = -masks.astype(np.float64)
         case "single region":
             masks[0] = False
+        case "single pixels":  # no two of them touch
+            masks[:] = False
+            masks[:, ::3, ::2] = rng.random((3, 3, 4)) < 0.7
+        case "single good pixel":
+            masks[:] = True
+            masks[1, 4, 4] = False
+        case "infinite":
+            where = rng.random(maps.shape)
+            maps[where < 0.2], maps[where > 0.8] = np.inf, -np.inf
+        case "constant infinity":
+            maps = np.full_like(maps, -np.inf)
         case "touching diagonals":
             masks[1, 2:4, 2:4] = masks[1, 4, 4] = masks[1, 1, 4] = True
             masks[1, 7, 0] = masks[2, 1, 1] = True
@@ -165,13 +194,17 @@ PIXEL_CASES = [
     "perfect",
     "reversed",
     "single region",
+    "single pixels",
+    "single good pixel",
+    "infinite",
+    "constant infinity",
     "touching diagonals",
     "all anomalous image",
     "close float32",
 ]
 
 
-@pytest.mark.parametrize("limit", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("limit", [0.01, 0.05, 0.3, 1.0])
 @pytest.mark.parametrize("name", PIXEL_CASES)
 def test_aupro_matches_its_definition(name, limit):
     maps, masks = pixel_case(name)
@@ -209,7 +242,53 @@ def test_pixel_metrics_are_the_single_ones(name):
         "pixel_ap": metrics.average_precision(maps, masks),
         "pixel_f1_max": metrics.f1_max(maps, masks)[0],
         "aupro": metrics.aupro(maps, masks, limit=0.2),
+        "aupro_005": metrics.aupro(maps, masks, limit=0.05),
     }
+
+
+@pytest.mark.parametrize("name", PIXEL_CASES)
+def test_pixel_metrics_match_scikit_learn(name):
+    maps, masks = pixel_case(name)
+    truth = masks.ravel()
+    order = np.unique(maps, return_inverse=True)[1].ravel()  # scikit-learn wants finite numbers
+    precision, recall, _ = sklearn.metrics.precision_recall_curve(truth, order)
+    total = precision + recall
+    got = metrics.pixel_metrics(maps, masks)
+    for measure, expected in (
+        ("pixel_auroc", sklearn.metrics.roc_auc_score(truth, order)),
+        ("pixel_ap", sklearn.metrics.average_precision_score(truth, order)),
+        ("pixel_f1_max", np.max(2 * precision * recall / np.where(total > 0, total, 1))),
+    ):
+        assert got[measure] == pytest.approx(expected, abs=TOL)
+    assert all(0 <= value <= 1 for value in got.values())
+
+
+def blobs(num):
+    """Smooth maps at 224 x 224 and masks of up to three discs in two thirds of them."""
+    rng = np.random.default_rng(7)
+    axis = np.arange(224)
+    masks = np.zeros((num, 224, 224), bool)
+    for n in np.flatnonzero(np.arange(num) % 3):
+        for _ in range(rng.integers(1, 4)):
+            (y, x), radius = rng.integers(20, 204, 2), rng.integers(3, 25)
+            masks[n] |= (axis[:, None] - y) ** 2 + (axis - x) ** 2 < radius**2
+    coarse = rng.standard_normal((num, 28, 28)).astype(np.float32)
+    maps = scipy.ndimage.zoom(coarse, (1, 8, 8), order=1, grid_mode=True, mode="nearest")
+    return maps + np.float32(0.5) * masks, masks
+
+
+def test_a_test_set_is_measured_in_seconds_and_little_memory():
+    maps, masks = blobs(160)
+    tracemalloc.start()
+    try:
+        started = time.process_time()
+        metrics.pixel_metrics(maps, masks)
+        seconds = time.process_time() - started
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seconds <= 5  # of a processor, so that others' work does not count
+    assert peak <= 2 * maps.nbytes
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -238,6 +317,7 @@ def test_what_is_undefined_is_nan():
     only = metrics.pixel_metrics(scores, every)
     assert math.isnan(only["pixel_auroc"])
     assert math.isnan(only["aupro"])
+    assert math.isnan(only["aupro_005"])
     assert (only["pixel_ap"], only["pixel_f1_max"]) == (1.0, 1.0)
 
 
