@@ -193,43 +193,54 @@ def test_damage_below_the_header_is_found_when_it_is_read(data_dir: pathlib.Path
         dataset.train.images[1]
 
 
-def test_contamination(data_dir: pathlib.Path) -> None:
+def test_encoded_is_what_the_files_hold(data_dir: pathlib.Path) -> None:
     dataset = mvtec.load_category(data_dir, "nut")
-    more = splits.with_contamination(dataset, num_images=4, seed=3)
-    assert more.name == "nut"
-    assert more.test is dataset.test
-    assert more.train.names[:TRAIN] == dataset.train.names
-    drawn = more.train.names[TRAIN:]
-    assert len(set(drawn)) == len(more.train) - TRAIN == 4
-    for i, name in enumerate(drawn):
-        j = dataset.test.names.index(name)
-        assert more.train.labels[TRAIN + i] == dataset.test.labels[j]
-        np.testing.assert_array_equal(more.train.images[TRAIN + i], dataset.test.images[j])
-        np.testing.assert_array_equal(more.train.masks[TRAIN + i], dataset.test.masks[j])
-    np.testing.assert_array_equal(more.train.images[1], dataset.train.images[1])
-    np.testing.assert_array_equal(more.train.masks[1], dataset.train.masks[1])
-    assert len(list(more.train.images)) == len(list(more.train.masks)) == TRAIN + 4
-
-    again = splits.with_contamination(dataset, num_images=4, seed=3)
-    assert again.train.names == more.train.names
-    orders = {
-        splits.with_contamination(dataset, num_images=4, seed=seed).train.names
-        for seed in range(10)
-    }
-    assert len(orders) > 5
+    root = data_dir / "nut"
+    for split in (dataset.train, dataset.test):
+        assert split.encoded is not None
+        assert len(split.encoded) == len(split)
+        for name, label, (image, mask) in zip(
+            split.names, split.labels, split.encoded, strict=True
+        ):
+            assert image == (root / name).read_bytes()
+            path = root / "ground_truth" / label / f"{pathlib.PurePosixPath(name).stem}_mask.png"
+            assert mask == (None if label == "good" else path.read_bytes())
+    # Nothing is kept: what changes on disk is seen.
+    (root / "train" / "good" / "000.png").write_bytes(b"other")
+    assert dataset.train.encoded[0] == (b"other", None)
 
 
-def test_contamination_draws_from_the_whole_test_split(data_dir: pathlib.Path) -> None:
+def test_select_and_join(data_dir: pathlib.Path) -> None:
     dataset = mvtec.load_category(data_dir, "nut")
-    everything = splits.with_contamination(dataset, num_images=5, seed=0)
-    assert sorted(everything.train.names[TRAIN:]) == sorted(dataset.test.names)
-    nothing = splits.with_contamination(dataset, num_images=0, seed=0)
-    assert nothing.train.names == dataset.train.names
-    for bad in (6, -1):
-        with pytest.raises(ValueError, match=rf"num_images must be in \[0, 5\].*got {bad}"):
-            splits.with_contamination(dataset, num_images=bad, seed=0)
-    with pytest.raises(ValueError, match="seed must be >= 0; got -1"):
-        splits.with_contamination(dataset, num_images=1, seed=-1)
+    every = splits.join(dataset.train, dataset.test)
+    assert every.names == dataset.train.names + dataset.test.names
+    picked = every.select([TRAIN + 1, 0, TRAIN + 1])
+    assert picked.names == (dataset.test.names[1], dataset.train.names[0], dataset.test.names[1])
+    assert picked.labels == ("crack", "good", "crack")
+    for part in ("images", "masks", "encoded"):
+        got = getattr(picked, part)
+        assert len(got) == 3
+        np.testing.assert_equal(got[0], getattr(dataset.test, part)[1])
+        np.testing.assert_equal(got[1], getattr(dataset.train, part)[0])
+    assert len(every.select([])) == 0
+    with pytest.raises(IndexError):
+        every.select([len(every)])
+
+
+def test_select_and_join_in_memory() -> None:
+    split = splits.Split(
+        names=("a", "b"),
+        labels=("good", "hole"),
+        images=np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3),
+        masks=np.arange(8, dtype=np.uint8).reshape(2, 2, 2),
+    )
+    both = splits.join(split, split.select([1]))
+    assert both.names == ("a", "b", "b")
+    assert both.anomalous.tolist() == [False, True, True]
+    assert both.encoded is None
+    for i, j in enumerate((0, 1, 1)):
+        np.testing.assert_array_equal(both.images[i], split.images[j])
+        np.testing.assert_array_equal(both.masks[i], split.masks[j])
 
 
 def test_real_category(shared_dir: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,15 @@ import inreach_jax
 from experiments import mvtec
 from inreach_jax import metrics
 from inreach_jax.backbones import Backbone
-from inreach_jax.datasets import demo, load_category, read_image, write_demo
+from inreach_jax.datasets import (
+    demo,
+    list_entries,
+    load_category,
+    make_manifest,
+    read_image,
+    read_manifest,
+    write_demo,
+)
 from tests import binary, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -142,7 +151,7 @@ def test_files_of_the_user_are_kept(out: pathlib.Path) -> None:
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "own" / "kept.png").read_text() == "mine"
     assert sorted(path.name for path in out.iterdir()) == [
-        *("bank", "heatmaps", "metrics.json", "notes.txt", "own", "scores.csv"),
+        *("bank", "heatmaps", "manifest.json", "metrics.json", "notes.txt", "own", "scores.csv"),
     ]
 
 
@@ -220,6 +229,72 @@ def test_contamination_is_seen_by_the_bank_only(
     assert dataset.test.names == load_category(data_dir, "grass").test.names
 
 
+def test_noise_and_its_manifest(
+    data_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    binary.succeeds(
+        mvtec,
+        *("--category=grass", f"--data_dir={data_dir}", f"--workdir={first}"),
+        *("--protocol=noise", "--ratio=0.2", "--max_ratio=0.4", "--max_train=5", "--seed=2"),
+        *tiny.FLAGS,
+    )
+    manifest = read_manifest(first / "manifest.json")
+    entries = list_entries(load_category(data_dir, "grass"))
+    assert manifest == make_manifest(
+        "grass", *entries, protocol="noise", ratio=0.2, max_ratio=0.4, num_train=5, seed=2
+    )
+    metrics_json = json.loads((first / "metrics.json").read_text())
+    assert (metrics_json["num_train"], metrics_json["num_test"]) == (5, NUM_TEST - 2)
+
+    binary.succeeds(
+        mvtec,
+        *(f"--manifest={first}/manifest.json", f"--data_dir={data_dir}", f"--workdir={second}"),
+        *tiny.FLAGS,
+    )
+    for name in ("manifest.json", "scores.csv"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    again = json.loads((second / "metrics.json").read_text())
+    for name in MEASURES | {"bank_rows"}:
+        assert again[name] == metrics_json[name]
+
+    error = binary.fails(
+        mvtec,
+        *(f"--manifest={first}/manifest.json", f"--data_dir={data_dir}", f"--workdir={second}"),
+        "--category=brick",
+    )
+    assert error == "error: --manifest is of category grass; got --category=brick"
+    broken = tmp_path / "broken"
+    shutil.copytree(data_dir / "grass", broken / "grass")
+    changed = broken / "grass" / manifest.test[0].name
+    changed.write_bytes(changed.read_bytes() + b"x")
+    error = binary.fails(
+        mvtec,
+        *(f"--manifest={first}/manifest.json", f"--data_dir={broken}", f"--workdir={second}"),
+    )
+    assert f"1 problem(s):\n  {manifest.test[0].name}: changed" in error
+
+
+def test_the_manifest_says_what_was_run(
+    data_dir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_category(dataset: Any, **unused: Any) -> Any:
+        seen["dataset"] = dataset
+        return {**dict.fromkeys(MEASURES, 0.0), "seconds": {"total": 0.0}}
+
+    monkeypatch.setattr("experiments.runner.run_category", run_category)
+    args = ("--category=grass", f"--data_dir={data_dir}", f"--workdir={tmp_path}")
+    for more in ((), ("--max_train=3", "--max_test=5"), ("--contaminate=4", "--max_train=8")):
+        binary.succeeds(mvtec, *args, *more)
+        manifest = read_manifest(tmp_path / "manifest.json")
+        assert manifest.protocol == ("official" if "--contaminate=4" in more else "clean")
+        assert tuple(e.name for e in manifest.train) == seen["dataset"].train.names
+        assert tuple(e.name for e in manifest.test) == seen["dataset"].test.names
+    assert len(manifest.train) == 8
+
+
 def _as_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -240,7 +315,18 @@ def _as_root() -> bool:
         ({"workdir": "{tmp}/file/below"}, "--workdir {tmp}/file/below cannot be written"),
         ({"max_train": "2"}, "2 training images are fewer than num_seeds = 3"),
         ({"min_channel_length": "6"}, "never be longer than min_channel_length = 6"),
-        ({"contaminate": "99"}, "num_images must be in [0, 8], the number of test images"),
+        ({"contaminate": "99"}, "num_contaminate must be in [0, 8], the number of test images"),
+        ({"contaminate": "2", "protocol": "noise"}, "--contaminate is of --protocol=official; got"),
+        ({"ratio": "0.1"}, "ratio and num_train are options of the protocols noise and"),
+        ({"protocol": "noise", "ratio": "0.6"}, "ratio must be in [0, max_ratio = 0.5]; got 0.6"),
+        ({"protocol": "noise", "max_train": "7"}, "at least 7 good training images; brick has 6"),
+        ({"protocol": "transductive"}, "python -m experiments.contamination --protocol=trans"),
+        ({"manifest": "{tmp}/none.json"}, "No such file or directory"),
+        ({"manifest": "{tmp}/file"}, "{tmp}/file: Expecting value"),
+        (
+            {"manifest": "{tmp}/file", "seed": "0", "max_test": "1"},
+            "--manifest says it all; leave out --max_test, --seed",
+        ),
     ],
     ids=str,
 )

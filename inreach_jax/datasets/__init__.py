@@ -1,30 +1,49 @@
-"""Images to fit and score: MVTec AD's layout, plain folders, and the demonstration set."""
+"""Images to fit and score: MVTec AD's layout, plain folders, the demonstration set, protocols."""
 
 from inreach_jax.datasets.demo import DemoDataset, DemoSplit, make_demo, write_demo
 from inreach_jax.datasets.files import (
     ImageSequence,
+    LazySequence,
     list_images,
     read_image,
     read_images,
     read_mask,
 )
 from inreach_jax.datasets.mvtec import list_categories, load_category
-from inreach_jax.datasets.splits import GOOD, Dataset, Split, with_contamination
+from inreach_jax.datasets.protocols import (
+    PROTOCOLS,
+    Entry,
+    Manifest,
+    apply_manifest,
+    list_entries,
+    make_manifest,
+    read_manifest,
+    write_manifest,
+)
+from inreach_jax.datasets.splits import GOOD, Dataset, Split
 
 __all__ = [
     "GOOD",
+    "PROTOCOLS",
     "Dataset",
     "DemoDataset",
     "DemoSplit",
+    "Entry",
     "ImageSequence",
+    "LazySequence",
+    "Manifest",
     "Split",
+    "apply_manifest",
     "list_categories",
+    "list_entries",
     "list_images",
     "load_category",
     "make_demo",
+    "make_manifest",
     "read_image",
     "read_images",
+    "read_manifest",
     "read_mask",
-    "with_contamination",
     "write_demo",
+    "write_manifest",
 ]

@@ -11,7 +11,7 @@ import pathlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import overload
+from typing import Self, TypeVar, overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 Path = str | os.PathLike[str]
+Item_co = TypeVar("Item_co", covariant=True)
 
 _FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 _COLOUR_MODES = ("CMYK", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
@@ -173,29 +174,36 @@ def subfolders(directory: Path) -> tuple[pathlib.Path, ...]:
     )
 
 
-class ImageSequence(Sequence[np.ndarray]):
-    """Arrays that are loaded each time that they are asked for; none is kept in memory.
+class LazySequence(Sequence[Item_co]):
+    """Values that are loaded each time that they are asked for; none is kept in memory.
 
-    `fit` and `score_images` take it as it is. It can be iterated again, indexed and sliced.
+    It can be iterated again, indexed and sliced.
 
     Attributes:
-      loaders: One for each array; called without arguments, returns it.
+      loaders: One for each value; called without arguments, returns it.
     """
 
-    def __init__(self, loaders: Iterable[Callable[[], np.ndarray]]):
+    def __init__(self, loaders: Iterable[Callable[[], Item_co]]):
         self.loaders = tuple(loaders)
 
     def __len__(self) -> int:
         return len(self.loaders)
 
     @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: int) -> Item_co: ...
     @overload
-    def __getitem__(self, index: slice) -> "ImageSequence": ...
-    def __getitem__(self, index: int | slice) -> "np.ndarray | ImageSequence":
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Item_co | Self:
         if isinstance(index, slice):
-            return ImageSequence(self.loaders[index])
+            return type(self)(self.loaders[index])
         return self.loaders[operator.index(index)]()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} items)"
+
+
+class ImageSequence(LazySequence[np.ndarray]):
+    """Images or masks that are read when indexed; `fit` and `score_images` take it as it is."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} images)"
@@ -207,6 +215,18 @@ def read_images(paths: Iterable[Path]) -> ImageSequence:
     `read_images(list_images(directory))` is a folder of images.
     """
     return ImageSequence(partial(read_image, path) for path in paths)
+
+
+def read_encoded(image: Path, mask: Path | None) -> tuple[bytes, bytes | None]:
+    """The bytes of an image's file and of its mask's, as they are; None where there is no mask.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    return (
+        pathlib.Path(image).read_bytes(),
+        None if mask is None else pathlib.Path(mask).read_bytes(),
+    )
 
 
 def _metadata_follows_pixels(path: Path) -> bool:

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from inreach_jax.datasets import files
-from inreach_jax.datasets.files import ImageSequence
+from inreach_jax.datasets.files import ImageSequence, LazySequence
 from inreach_jax.datasets.splits import GOOD, Dataset, Split
 
 _LAYOUT = "<data_dir>/<category>/{train/good, test/<type>, ground_truth/<type>}"
@@ -127,6 +127,7 @@ def _split(
             else partial(files.read_mask, mask)
             for path, _, mask in entries
         ),
+        encoded=LazySequence(partial(files.read_encoded, path, mask) for path, _, mask in entries),
     )
 
 

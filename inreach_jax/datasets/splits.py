@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from inreach_jax.datasets.files import ImageSequence
+from inreach_jax.datasets.files import ImageSequence, LazySequence
 
 GOOD = "good"
 """The label of images in which nothing is wrong."""
@@ -21,12 +23,15 @@ class Split:
       labels: N types: `GOOD`, or what is wrong, such as "scratch".
       images: N arrays [H, W, 3] uint8 RGB, whose sizes may differ.
       masks: N arrays [H, W] uint8, of their images' sizes, 0 where nothing is wrong.
+      encoded: N pairs: the bytes of the image's file, and of its mask's or None where the image is
+        good; read when indexed. None for sets that were made in memory.
     """
 
     names: tuple[str, ...]
     labels: tuple[str, ...]
     images: np.ndarray | Sequence[np.ndarray]
     masks: np.ndarray | Sequence[np.ndarray]
+    encoded: Sequence[tuple[bytes, bytes | None]] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -35,6 +40,21 @@ class Split:
     def anomalous(self) -> np.ndarray:
         """[N] bool: whether anything is wrong with an image."""
         return np.array([label != GOOD for label in self.labels], bool)
+
+    def select(self, indices: Sequence[int]) -> "Split":
+        """Some of the images in the order given; nothing is read."""
+        images, masks = _loaders(self.images), _loaders(self.masks)
+        encoded = None
+        if self.encoded is not None:
+            loaders = _loaders(self.encoded)
+            encoded = LazySequence(loaders[i] for i in indices)
+        return Split(
+            names=tuple(self.names[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices),
+            images=ImageSequence(images[i] for i in indices),
+            masks=ImageSequence(masks[i] for i in indices),
+            encoded=encoded,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,53 +72,22 @@ class Dataset:
     test: Split
 
 
-def with_contamination(dataset: Dataset, *, num_images: int, seed: int) -> Dataset:
-    """Appends test images to the training images, as the released evaluation does.
-
-    They are drawn from the whole test split, good images among them, and *stay in the test split*:
-    what is scored has then partly been trained on. Compare results with published ones that were
-    obtained so, and with no others.
-
-    Args:
-      dataset: Any.
-      num_images: How many are drawn, each at most once.
-      seed: Of the draw.
-
-    Returns:
-      The data set with a longer training split.
-
-    Raises:
-      ValueError: there are fewer test images, or a number is negative.
-    """
-    train, test = dataset.train, dataset.test
-    if not 0 <= num_images <= len(test):
-        raise ValueError(
-            f"num_images must be in [0, {len(test)}], the number of test images of "
-            f"{dataset.name}; got {num_images}"
-        )
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0; got {seed}")
-    drawn = [int(i) for i in np.random.default_rng(seed).permutation(len(test))[:num_images]]
-    return Dataset(
-        name=dataset.name,
-        train=Split(
-            names=train.names + tuple(test.names[i] for i in drawn),
-            labels=train.labels + tuple(test.labels[i] for i in drawn),
-            images=_append(train.images, test.images, drawn),
-            masks=_append(train.masks, test.masks, drawn),
-        ),
-        test=test,
+def join(first: Split, second: Split) -> Split:
+    """The images of two splits, those of the first in front; nothing is read."""
+    encoded = None
+    if first.encoded is not None and second.encoded is not None:
+        encoded = LazySequence(_loaders(first.encoded) + _loaders(second.encoded))
+    return Split(
+        names=first.names + second.names,
+        labels=first.labels + second.labels,
+        images=ImageSequence(_loaders(first.images) + _loaders(second.images)),
+        masks=ImageSequence(_loaders(first.masks) + _loaders(second.masks)),
+        encoded=encoded,
     )
 
 
-def _append(
-    first: np.ndarray | Sequence[np.ndarray],
-    second: np.ndarray | Sequence[np.ndarray],
-    indices: Sequence[int],
-) -> ImageSequence:
-    picks = [(first, i) for i in range(len(first))] + [(second, i) for i in indices]
-    return ImageSequence(functools.partial(_item, *pick) for pick in picks)
-
-
-def _item(arrays: np.ndarray | Sequence[np.ndarray], index: int) -> np.ndarray:
-    return arrays[index]
+def _loaders(items: Any) -> list[Callable[[], Any]]:
+    """Those of a lazy sequence, or ones that index: joined splits do not nest."""
+    if isinstance(items, LazySequence):
+        return list(items.loaders)
+    return [functools.partial(operator.getitem, items, i) for i in range(len(items))]
