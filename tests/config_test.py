@@ -146,6 +146,7 @@ def test_presets_differ_by_these_options_only() -> None:
     assert _difference(PRESETS["default"], PRESETS["paper"]) == {
         "antialias": False,
         "level_dim": 1024,
+        "descriptor_dim": 1024,
         "radius_filter": "std",
         "upsampling": "nearest",
         "smoothing_sigma": 13.0,

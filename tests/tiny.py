@@ -17,13 +17,15 @@ SIDE = 36  # of the images; the crop of 32 makes a grid of 8 x 8 patches
 CONFIG = InReachConfig(
     resize=(SIDE, SIDE),
     crop=(32, 32),
+    level_dim=None,  # a dimension per channel: narrow
     num_seeds=3,
     min_channel_length=2,
     smoothing_sigma=2.0,
 )
 BATCH = 3  # the same everywhere, so that tests share compilations
 FLAGS = (
-    *("--resize=36", "--crop=32", "--num_seeds=3", "--min_channel_length=2"),
+    *("--resize=36", "--crop=32", "--level_dim=none"),
+    *("--num_seeds=3", "--min_channel_length=2"),
     *("--smoothing_sigma=2", f"--batch_size={BATCH}"),
 )
 """CONFIG and BATCH on a command line."""
