@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from inreach_jax.datasets import demo, mvtec
+from inreach_jax.datasets import demo, files, layouts
 from inreach_jax.datasets.demo import DemoDataset, DemoSplit, make_demo
 
 # SHA-256 over images and masks of both splits: the set is a fixed one.
@@ -211,9 +211,9 @@ def test_written_set_reads_back(tmp_path: pathlib.Path) -> None:
     options = {"num_train": 6, "num_test": 10, "size": 64, "contamination": 0.5}
     root = tmp_path / "new" / "demo"
     demo.write_demo(root, **options)
-    assert mvtec.list_categories(root) == demo.CATEGORIES
+    assert layouts.list_categories(root) == demo.CATEGORIES
     for category in demo.CATEGORIES:
-        want, got = make_demo(category, **options), mvtec.load_category(root, category)
+        want, got = make_demo(category, **options), layouts.load_category(root, category)
         assert got.train.names == want.train.names
         assert got.test.names == want.test.names
         assert got.test.labels == want.test.labels
@@ -224,7 +224,7 @@ def test_written_set_reads_back(tmp_path: pathlib.Path) -> None:
         ):
             np.testing.assert_array_equal(np.stack(list(images)), wanted)
         truth = sorted((root / category / "train_truth").iterdir())
-        masks = np.stack([mvtec.files.read_mask(path) for path in truth])
+        masks = np.stack([files.read_mask(path) for path in truth])
         np.testing.assert_array_equal(masks, want.train.masks)
     readme = " ".join((root / "README.md").read_text().split())
     assert "synthetic" in readme

@@ -304,3 +304,42 @@ def test_folders_that_are_none_of_images(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty" / "more").mkdir()
     with pytest.raises(ValueError, match=r"(?s)a\.psd: not one of .*more: a folder where images"):
         files.list_images(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB"])
+def test_masks_of_classes(tmp_path: pathlib.Path, mode: str) -> None:
+    path = tmp_path / "mask.png"
+    values = np.array([[0, 1, 2], [3, 0, 1]], np.uint8)
+    if mode == "P":
+        image = Image.new("P", (3, 2))
+        image.putpalette([0, 0, 0, 9, 9, 9, 200, 0, 0, 0, 0, 0])
+        image.putdata(values.ravel().tolist())
+    elif mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16))
+    elif mode == "1":
+        image = Image.fromarray(values > 0)
+    else:
+        image = Image.fromarray(values).convert(mode)
+    image.save(path)
+    want = np.where(values, 255, 0)
+    got = files.read_mask(path, classes=True)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, want)
+    data = path.read_bytes()
+    np.testing.assert_array_equal(files.decode_mask(data, "name", classes=True), want)
+    if mode == "L":  # as brightness, they are what they are
+        np.testing.assert_array_equal(files.read_mask(path), values)
+
+
+def test_decoding_bytes_is_reading_the_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(random_pixels(5, 7, 3)).save(path)
+    np.testing.assert_array_equal(
+        files.decode_image(path.read_bytes(), "a"), files.read_image(path)
+    )
+    Image.fromarray(random_pixels(5, 7, high=2)).save(path)
+    np.testing.assert_array_equal(files.decode_mask(path.read_bytes(), "a"), files.read_mask(path))
+    with pytest.raises(ValueError, match=r"set/a\.png: the file is empty"):
+        files.decode_image(b"", "set/a.png")
+    with pytest.raises(ValueError, match=r"set/a\.png: truncated or damaged"):
+        files.decode_mask(path.read_bytes()[:-30], "set/a.png")

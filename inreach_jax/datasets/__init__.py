@@ -9,7 +9,13 @@ from inreach_jax.datasets.files import (
     read_images,
     read_mask,
 )
-from inreach_jax.datasets.mvtec import list_categories, load_category
+from inreach_jax.datasets.layouts import (
+    LAYOUTS,
+    Layout,
+    detect_layout,
+    list_categories,
+    load_category,
+)
 from inreach_jax.datasets.protocols import (
     PROTOCOLS,
     Entry,
@@ -24,16 +30,19 @@ from inreach_jax.datasets.splits import GOOD, Dataset, Split
 
 __all__ = [
     "GOOD",
+    "LAYOUTS",
     "PROTOCOLS",
     "Dataset",
     "DemoDataset",
     "DemoSplit",
     "Entry",
     "ImageSequence",
+    "Layout",
     "LazySequence",
     "Manifest",
     "Split",
     "apply_manifest",
+    "detect_layout",
     "list_categories",
     "list_entries",
     "list_images",

@@ -5,6 +5,7 @@ is uint8, RGB [H, W, 3] for images and [H, W] for masks.
 """
 
 import contextlib
+import io
 import operator
 import os
 import pathlib
@@ -54,17 +55,18 @@ def read_image(path: Path) -> np.ndarray:
         frames, transparency, or values of unknown range (32-bit integers, floats), or is larger
         than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    pixels = _decode(path)
-    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+    return _to_rgb(_decode(path))
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, *, classes: bool = False) -> np.ndarray:
     """Reads a mask: any file that `read_image` reads and that holds only greys.
 
     Masks of zeros and ones are scaled to 0 and 255.
 
     Args:
       path: The file.
+      classes: Values are numbers of classes, as those of a palette are, and not brightness:
+        whatever is not 0 becomes 255.
 
     Returns:
       [H, W] uint8, 0 where nothing is wrong.
@@ -73,14 +75,40 @@ def read_mask(path: Path) -> np.ndarray:
       OSError: the file cannot be opened.
       ValueError: as for `read_image`, or the mask is coloured.
     """
-    pixels = _decode(path)
+    return _to_mask(_decode(path, indices=classes), os.fspath(path), classes=classes)
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """`read_image` of a file's bytes; errors call it `name`.
+
+    Raises:
+      ValueError: as for `read_image`.
+    """
+    return _to_rgb(_decode(name, data))
+
+
+def decode_mask(data: bytes, name: str, *, classes: bool = False) -> np.ndarray:
+    """`read_mask` of a file's bytes; errors call it `name`.
+
+    Raises:
+      ValueError: as for `read_mask`.
+    """
+    return _to_mask(_decode(name, data, indices=classes), name, classes=classes)
+
+
+def _to_rgb(pixels: np.ndarray) -> np.ndarray:
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+
+
+def _to_mask(pixels: np.ndarray, name: str, *, classes: bool) -> np.ndarray:
     if pixels.ndim == 3:
         if np.any(pixels != pixels[..., :1]):
             raise ValueError(
-                f"{os.fspath(path)}: a mask must be greyscale, 0 where nothing is wrong; this one "
-                "is coloured"
+                f"{name}: a mask must be greyscale, 0 where nothing is wrong; this one is coloured"
             )
         pixels = pixels[..., 0]
+    if classes:
+        return np.where(pixels != 0, 255, 0).astype(np.uint8)
     return pixels * np.uint8(255) if pixels.max() == 1 else pixels
 
 
@@ -244,17 +272,18 @@ def _metadata_follows_pixels(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
-    """The opened image, its pixels not decoded yet.
+def _open(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The opened image, its pixels not decoded yet; of `data`, where that is given.
 
     Raises:
       OSError: the file cannot be opened.
       ValueError: what is in it cannot be used, found out here or inside the `with` block.
     """
     name = os.fspath(path)
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
+    with open(path, "rb") if data is None else io.BytesIO(data) as file:
+        if file.seek(0, os.SEEK_END) == 0:
             raise ValueError(f"{name}: the file is empty (0 bytes); copy it again or remove it")
+        file.seek(0)
         try:
             with Image.open(file, formats=_FORMATS) as image:
                 # Twice the limit is an exception in Pillow, the limit itself only a warning.
@@ -293,10 +322,12 @@ class _UnusableError(Exception):
     """A sound file that does not hold what is needed."""
 
 
-def _decode(path: Path) -> np.ndarray:
-    """[H, W] or [H, W, 3] uint8, upright."""
-    with _open(path) as opened:
+def _decode(path: Path, data: bytes | None = None, *, indices: bool = False) -> np.ndarray:
+    """[H, W] or [H, W, 3] uint8, upright; or of any integers, where `indices` leaves them alone."""
+    with _open(path, data) as opened:
         image = ImageOps.exif_transpose(opened)
+        if indices and (image.mode in ("1", "L", "P") or image.mode.startswith("I;16")):
+            return np.array(image)
         if image.mode.startswith("I;16"):
             if "transparency" in image.info:
                 raise _UnusableError("it has a transparent colour; flatten the image")

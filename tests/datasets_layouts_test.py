@@ -1,4 +1,4 @@
-"""MVTec AD's layout: what is listed, and what is found to be wrong before any long work."""
+"""Layouts: what is listed, and what is found to be wrong before any long work."""
 
 import os
 import pathlib
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inreach_jax.datasets import mvtec, splits
+from inreach_jax.datasets import files, layouts, splits
+from tests import trees
 
 TRAIN, GOOD, DEFECTS = 3, 2, {"crack": 2, "bent": 1}
 
@@ -48,8 +49,8 @@ def test_listing(data_dir: pathlib.Path) -> None:
     (data_dir / "notes").mkdir()
     (data_dir / ".cache" / "train").mkdir(parents=True)
     (data_dir / "readme.txt").touch()
-    assert mvtec.list_categories(str(data_dir)) == ("nut",)
-    dataset = mvtec.load_category(data_dir, "nut")
+    assert layouts.list_categories(str(data_dir)) == ("nut",)
+    dataset = layouts.load_category(data_dir, "nut")
     assert dataset.name == "nut"
     assert dataset.train.names == tuple(f"train/good/{i:03d}.png" for i in range(TRAIN))
     assert dataset.train.labels == ("good",) * TRAIN
@@ -67,7 +68,7 @@ def test_listing(data_dir: pathlib.Path) -> None:
 
 
 def test_images_and_masks(data_dir: pathlib.Path) -> None:
-    dataset = mvtec.load_category(data_dir, "nut")
+    dataset = layouts.load_category(data_dir, "nut")
     for split in (dataset.train, dataset.test):
         assert len(split.images) == len(split.masks) == len(split)
         for name, label, image, mask in zip(
@@ -86,27 +87,27 @@ def test_a_folder_of_masks_for_good_images_is_no_problem(data_dir: pathlib.Path)
     path = data_dir / "nut" / "ground_truth" / "good" / "000_mask.png"
     path.parent.mkdir()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
-    assert len(mvtec.load_category(data_dir, "nut").test) == 5
+    assert len(layouts.load_category(data_dir, "nut").test) == 5
 
 
 def test_data_dir_missing(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     help_text = r"[^$]*mvtec\.com/.*CC BY-NC-SA 4\.0[^$]*`make demo` needs none of it"
     with pytest.raises(FileNotFoundError, match="none is not a folder" + help_text):
-        mvtec.load_category(tmp_path / "none", "nut")
+        layouts.load_category(tmp_path / "none", "nut")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty holds no categories" + help_text):
-        mvtec.load_category(tmp_path / "empty", "nut")
+        layouts.load_category(tmp_path / "empty", "nut")
     with pytest.raises(FileNotFoundError, match="nut is a category itself" + help_text):
-        mvtec.load_category(data_dir / "nut", "nut")
+        layouts.load_category(data_dir / "nut", "nut")
     with pytest.raises(FileNotFoundError, match="not a folder"):
-        mvtec.list_categories(data_dir / "nut" / "license.txt")
+        layouts.list_categories(data_dir / "nut" / "license.txt")
 
 
 @pytest.mark.parametrize("category", ["screw", "", ".", "../data/nut", "nut/train"])
 def test_unknown_category(data_dir: pathlib.Path, category: str) -> None:
     (data_dir / "bolt" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"there is no category .* there are: bolt, nut"):
-        mvtec.load_category(data_dir, category)
+        layouts.load_category(data_dir, category)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_unknown_category(data_dir: pathlib.Path, category: str) -> None:
 def test_incomplete(data_dir: pathlib.Path, part: str) -> None:
     shutil.rmtree(data_dir / "nut" / part)
     with pytest.raises(ValueError, match=r"(?s)category 'nut' cannot be used.*missing.*mvtec\.com"):
-        mvtec.load_category(data_dir, "nut")
+        layouts.load_category(data_dir, "nut")
 
 
 @pytest.mark.parametrize("part", ["train/good", "test/good", "test/crack"])
@@ -123,14 +124,14 @@ def test_empty_folders(data_dir: pathlib.Path, part: str) -> None:
     for path in (data_dir / "nut" / part).iterdir():
         path.unlink()
     with pytest.raises(ValueError, match=f"{part}: no images"):
-        mvtec.load_category(data_dir, "nut")
+        layouts.load_category(data_dir, "nut")
 
 
 def test_no_test_folders(data_dir: pathlib.Path) -> None:
     shutil.rmtree(data_dir / "nut" / "test")
     (data_dir / "nut" / "test").mkdir()
     with pytest.raises(ValueError, match="test: no folders of test images"):
-        mvtec.load_category(data_dir, "nut")
+        layouts.load_category(data_dir, "nut")
 
 
 def test_unreadable_folder(data_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +145,7 @@ def test_unreadable_folder(data_dir: pathlib.Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
     with pytest.raises(ValueError, match=r"test/crack: cannot be read \(Permission denied\)"):
-        mvtec.load_category(data_dir, "nut")
+        layouts.load_category(data_dir, "nut")
 
 
 def test_every_problem_is_reported_at_once(data_dir: pathlib.Path) -> None:
@@ -158,7 +159,7 @@ def test_every_problem_is_reported_at_once(data_dir: pathlib.Path) -> None:
     mask.rename(mask.with_name("007_mask.png"))
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(mask)
     with pytest.raises(ValueError) as raised:
-        mvtec.load_category(data_dir, "nut")
+        layouts.load_category(data_dir, "nut")
     message = str(raised.value)
     assert "8 problem(s)" in message  # with the folder that lost its only mask
     for part in (
@@ -179,7 +180,7 @@ def test_long_reports_are_cut(data_dir: pathlib.Path) -> None:
     for i in range(30):
         (data_dir / "nut" / "train" / "good" / f"x{i}.png").touch()
     with pytest.raises(ValueError, match=r"30 problem\(s\)") as raised:
-        mvtec.load_category(data_dir, "nut")
+        layouts.load_category(data_dir, "nut")
     assert str(raised.value).count("the file is empty") == 20
     assert "and 10 more" in str(raised.value)
 
@@ -187,14 +188,14 @@ def test_long_reports_are_cut(data_dir: pathlib.Path) -> None:
 def test_damage_below_the_header_is_found_when_it_is_read(data_dir: pathlib.Path) -> None:
     path = data_dir / "nut" / "train" / "good" / "001.png"
     path.write_bytes(path.read_bytes()[:-60])
-    dataset = mvtec.load_category(data_dir, "nut")
+    dataset = layouts.load_category(data_dir, "nut")
     assert dataset.train.images[0].ndim == 3
     with pytest.raises(ValueError, match=r"001\.png: truncated or damaged"):
         dataset.train.images[1]
 
 
 def test_encoded_is_what_the_files_hold(data_dir: pathlib.Path) -> None:
-    dataset = mvtec.load_category(data_dir, "nut")
+    dataset = layouts.load_category(data_dir, "nut")
     root = data_dir / "nut"
     for split in (dataset.train, dataset.test):
         assert split.encoded is not None
@@ -211,7 +212,7 @@ def test_encoded_is_what_the_files_hold(data_dir: pathlib.Path) -> None:
 
 
 def test_select_and_join(data_dir: pathlib.Path) -> None:
-    dataset = mvtec.load_category(data_dir, "nut")
+    dataset = layouts.load_category(data_dir, "nut")
     every = splits.join(dataset.train, dataset.test)
     assert every.names == dataset.train.names + dataset.test.names
     picked = every.select([TRAIN + 1, 0, TRAIN + 1])
@@ -243,8 +244,149 @@ def test_select_and_join_in_memory() -> None:
         np.testing.assert_array_equal(both.masks[i], split.masks[j])
 
 
+@pytest.mark.parametrize("tree", trees.TREES)
+def test_trees(tree: str, tmp_path: pathlib.Path) -> None:
+    write, category, layout = trees.TREES[tree]
+    write(tmp_path)
+    assert layouts.list_categories(tmp_path) == (category,)
+    assert layouts.detect_layout(tmp_path, category) == layout
+    dataset = layouts.load_category(tmp_path, category)
+    named = layouts.load_category(tmp_path, category, layout=layout)
+    assert (named.train.names, named.test.names) == (dataset.train.names, dataset.test.names)
+
+    assert dataset.train.labels == ("good",) * trees.NUM_TRAIN
+    assert int(dataset.test.anomalous.sum()) == trees.NUM_ODD
+    assert len(dataset.test) == trees.NUM_GOOD + trees.NUM_ODD
+    assert list(dataset.test.labels) == sorted(dataset.test.labels)
+    for split in (dataset.train, dataset.test):
+        keys = list(zip(split.labels, split.names, strict=True))
+        assert keys == sorted(keys)
+        for name, image, mask, encoded in zip(
+            split.names, split.images, split.masks, split.encoded, strict=True
+        ):
+            assert encoded[0] == (tmp_path / category / name).read_bytes()
+            np.testing.assert_array_equal(files.decode_image(encoded[0], name), image)
+            assert mask.shape == image.shape[:2]
+            want = np.zeros_like(mask)
+            if encoded[1] is not None:
+                want[12:20, 10:22] = 255
+            np.testing.assert_array_equal(mask, want)
+    assert [e[1] is not None for e in dataset.test.encoded] == dataset.test.anomalous.tolist()
+    assert len({image.shape for image in dataset.test.images}) > 1
+    with pytest.raises(ValueError, match="layout must be None or one of visa, btad, mvtec; got 'x"):
+        layouts.load_category(tmp_path, category, layout="x")
+
+
+def test_categories_of_several_layouts(tmp_path: pathlib.Path) -> None:
+    for write, _, _ in trees.TREES.values():
+        write(tmp_path)
+    names = layouts.list_categories(tmp_path)
+    assert names == ("01", "candle", "nut", "tile")
+    assert [layouts.detect_layout(tmp_path, n) for n in names] == ["btad", "visa", "mvtec", "mvtec"]
+    with pytest.raises(ValueError, match=r"(?s)train/ok: missing.*Expected is .*train/ok, test/ok"):
+        layouts.load_category(tmp_path, "nut", layout="btad")
+
+
+def test_masks_of_either_name(tmp_path: pathlib.Path) -> None:
+    trees.mixed(tmp_path)
+    folder = tmp_path / "tile" / "ground_truth" / "blowhole"
+    shutil.copy(folder / "c1_mask.png", folder / "c1_mask.bmp")
+    shutil.copy(folder / "c0.png", folder / "c0_mask.png")
+    (folder / "c2.png").unlink()
+    with pytest.raises(ValueError, match=r"3 problem\(s\)") as raised:
+        layouts.load_category(tmp_path, "tile")
+    for part in (
+        "c1_mask.png: a second mask of ",
+        "c0.png: a mask without an image",
+        "c2.jpg: its mask",
+        "c2_mask.png is missing",
+    ):
+        assert part in str(raised.value)
+
+
+def test_btad_needs_every_mask(tmp_path: pathlib.Path) -> None:
+    trees.btad(tmp_path)
+    (tmp_path / "01" / "ground_truth" / "ko" / "0001.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"1 problem\(s\):\n.*test/ko/0001\.bmp: its mask .*missing"
+    ):
+        layouts.load_category(tmp_path, "01")
+
+
+def test_visa_masks_in_a_palette(tmp_path: pathlib.Path) -> None:
+    trees.visa(tmp_path)
+    path = tmp_path / "candle" / "Data" / "Masks" / "Anomaly" / "000.png"
+    with Image.open(path) as stored:
+        image = Image.fromarray(np.asarray(stored)).convert("P")
+    image.putpalette([0, 0, 0, 0, 200, 0, 90, 0, 0, 0, 0, 40])
+    image.save(path)
+    mask = layouts.load_category(tmp_path, "candle").test.masks[0]
+    assert set(np.unique(mask)) == {0, 255}
+    assert mask[12:20, 10:22].min() == 255
+
+
+def test_every_problem_of_a_table_is_reported_at_once(tmp_path: pathlib.Path) -> None:
+    trees.visa(tmp_path)
+    root = tmp_path / "candle" / "Data"
+    (root / "Images" / "Normal" / "0001.JPG").unlink()
+    (root / "Masks" / "Anomaly" / "001.png").write_text("text")
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(root / "Masks" / "Anomaly" / "003.png")
+    table = tmp_path / "split_csv" / "1cls.csv"
+    text = table.read_text().replace("candle/Data/Masks/Anomaly/002.png", "")
+    again = next(line for line in text.split("\n") if "Normal/0000" in line)
+    text += f"{again}\n" + "".join(
+        f"candle,{row}\n"
+        for row in (
+            "valid,normal,candle/Data/Images/Normal/0002.JPG,",
+            "test,normal,../x.JPG,",
+            "test,normal,candle/../x.JPG,",
+            "test,,candle/Data/y.JPG,",
+        )
+    )
+    table.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        layouts.load_category(tmp_path, "candle")
+    message = str(raised.value)
+    for part in (
+        "9 problem(s)",
+        "0001.JPG: missing",
+        "001.png: not a",
+        "Anomaly/002.JPG: ",
+        "1cls.csv names no mask for it",
+        "003.png: 5 x 4 pixels, but its image has",
+        "candle/Data/Images/Normal/0000.JPG is listed twice",
+        "Normal/0002.JPG is in split 'valid'",
+        "../x.JPG is not in the folder candle",
+        "candle/../x.JPG is not in the folder candle",
+        "candle/Data/y.JPG has no label",
+        "Expected is <data_dir>/{split_csv/1cls.csv,",
+    ):
+        assert part in message, part
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "1cls.csv: missing"),
+        ("object,split,image\n", "1cls.csv: no column label, mask"),
+        ("", "1cls.csv: no column image, label, mask, object, split"),
+        ("object,split,label,image,mask\n", r"no train images of candle\n.*no test images of cand"),
+        ("\xff", r"1cls.csv: not a table \("),
+    ],
+)
+def test_bad_tables(tmp_path: pathlib.Path, text: str | None, message: str) -> None:
+    trees.visa(tmp_path)
+    table = tmp_path / "split_csv" / "1cls.csv"
+    if text is None:
+        table.unlink()
+    else:
+        table.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        layouts.load_category(tmp_path, "candle")
+
+
 def test_real_category(shared_dir: pathlib.Path) -> None:
-    dataset = mvtec.load_category(shared_dir / "data" / "mvtec_ad_512", "screw")
+    dataset = layouts.load_category(shared_dir / "data" / "mvtec_ad_512", "screw")
     assert len(dataset.train) == 320
     assert len(dataset.test) == 160
     assert dataset.test.labels.count("good") == 41
