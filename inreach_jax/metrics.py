@@ -145,6 +145,42 @@ def pixel_metrics(
     }
 
 
+def good_patches(masks: npt.ArrayLike, *, grid: tuple[int, int]) -> Array:
+    """Which patches are good: every mask pixel of their block is exactly 0.
+
+    So that a blurred edge of a defect is not good. The blocks divide the image evenly; where they
+    cannot, a pixel belongs to the patch that its centre lies in.
+
+    Args:
+      masks: [N, H, W] integer or bool, 0 where good; resized and cropped like the images, and not
+        thresholded.
+      grid: Hp and Wp, rows and columns of patches.
+
+    Returns:
+      [N, Hp * Wp] bool, row-major.
+
+    Raises:
+      ValueError: shape or dtype are not as above, or `grid` is finer than the masks.
+    """
+    masks = np.asarray(masks)
+    if masks.ndim != 3 or masks.dtype.kind not in "biu":
+        raise ValueError(
+            f"masks must be [N, H, W] integers or bool; got {masks.dtype} {masks.shape}"
+        )
+    if len(grid) != 2 or any(
+        not 1 <= cells <= pixels for cells, pixels in zip(grid, masks.shape[1:], strict=True)
+    ):
+        raise ValueError(
+            "grid must be (rows, columns) of patches, at least 1 and at most one per mask pixel "
+            f"{masks.shape[1:]}; got {tuple(grid)}"
+        )
+    bad = masks != 0
+    for axis, (cells, pixels) in enumerate(zip(grid, masks.shape[1:], strict=True), start=1):
+        cell = (2 * np.arange(pixels) + 1) * cells // (2 * pixels)
+        bad = np.logical_or.reduceat(bad, np.searchsorted(cell, np.arange(cells)), axis=axis)
+    return ~bad.reshape(len(masks), -1)
+
+
 def nominal_precision_recall(
     image: npt.ArrayLike,
     patch: npt.ArrayLike,
@@ -156,15 +192,12 @@ def nominal_precision_recall(
 ) -> tuple[float, float]:
     """How clean a nominal bank is, and how much of the good data it holds.
 
-    A patch is good if every mask pixel of its block is exactly 0, so that a blurred edge of a
-    defect is not good. The blocks divide the image evenly; where they cannot, a pixel belongs to
-    the patch that its centre lies in.
+    Which patches are good is what `good_patches` says.
 
     Args:
       image: [M] integer, the training image that each bank row comes from (rows in use only).
       patch: [M] integer, the index of its patch, row-major.
-      masks: [N, H, W] integer or bool, masks of the training images, 0 where good; resized and
-        cropped like the images, and not thresholded.
+      masks: [N, H, W] integer or bool, of the training images, as for `good_patches`.
       grid: Hp and Wp, rows and columns of patches.
       multiplicity: [M] integer >= 0, how often `recall="released"` counts a row; None for once.
       recall: "patches" counts each patch once, and recall is the share of the good patches that
@@ -183,17 +216,7 @@ def nominal_precision_recall(
     if recall not in ("patches", "released"):
         raise ValueError(f'recall must be "patches" or "released"; got {recall!r}')
     masks = np.asarray(masks)
-    if masks.ndim != 3 or masks.dtype.kind not in "biu":
-        raise ValueError(
-            f"masks must be [N, H, W] integers or bool; got {masks.dtype} {masks.shape}"
-        )
-    if len(grid) != 2 or any(
-        not 1 <= cells <= pixels for cells, pixels in zip(grid, masks.shape[1:], strict=True)
-    ):
-        raise ValueError(
-            "grid must be (rows, columns) of patches, at least 1 and at most one per mask pixel "
-            f"{masks.shape[1:]}; got {tuple(grid)}"
-        )
+    good = good_patches(masks, grid=grid).reshape(-1)
     num_patches = grid[0] * grid[1]
     image = _checked_index("image", image, len(masks))
     patch = _checked_index("patch", patch, num_patches)
@@ -209,12 +232,6 @@ def nominal_precision_recall(
             raise ValueError(
                 f"multiplicity must have one entry per row {image.shape}; got {weight.shape}"
             )
-
-    bad = masks != 0
-    for axis, (cells, pixels) in enumerate(zip(grid, masks.shape[1:], strict=True), start=1):
-        cell = (2 * np.arange(pixels) + 1) * cells // (2 * pixels)
-        bad = np.logical_or.reduceat(bad, np.searchsorted(cell, np.arange(cells)), axis=axis)
-    good = ~bad.reshape(-1)
 
     rows = image * num_patches + patch
     if recall == "patches":

@@ -360,6 +360,14 @@ def small_bank():
     return image, patch, masks
 
 
+def test_good_patches_have_no_nonzero_pixel():
+    _, _, masks = small_bank()
+    good = metrics.good_patches(masks, grid=(2, 3))
+    assert good.shape == (2, 6)
+    assert np.argwhere(~good).tolist() == [[1, 1], [1, 5]]
+    np.testing.assert_array_equal(metrics.good_patches(masks != 0, grid=(2, 3)), good)
+
+
 def test_nominal_precision_recall_over_patches():
     image, patch, masks = small_bank()
     got = metrics.nominal_precision_recall(image, patch, masks, grid=(2, 3))
