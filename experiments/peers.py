@@ -1,0 +1,472 @@
+"""Other methods on our descriptors, for comparison: PatchCore, SoftPatch and two bounds.
+
+Written from the papers. All of them remember patches of the training images and call a patch odd
+that is far from everything remembered; they differ in what they remember.
+
+- `full_memory`: every patch, anomalies included: what any way of choosing has to beat.
+- `oracle_memory`: every patch but those with an anomalous pixel: what choosing could achieve.
+- `patchcore_memory` (Roth et al., CVPR 2022): a tenth of the patches, spread evenly by greedy
+  k-centre selection.
+- `softpatch_memory` (Jiang et al., NeurIPS 2022): the same after the patches with the highest local
+  outlier factors were removed; distances are multiplied by the factor of what they lead to.
+
+A memory is made on the host from a `DescriptorSet`; `score` is a pure function of arrays.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from inreach_jax import NominalBank, distances, metrics
+from inreach_jax import bank as bank_lib
+from inreach_jax.pipeline import DescriptorSet
+
+NOBODY = -1
+"""In `exclude`, for an image that no row of the memory comes from."""
+
+_CANDIDATES = 1024  # patches among which the next centres are sought before all are looked at again
+_CENTRES = 64  # that all patches are compared with at a time
+_POSITIONS = 16  # grid positions whose outlier factors are computed at a time
+_DENSITY_FLOOR = 1e-10  # added to mean distances, which are 0 among identical patches
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a method remembers of the training images.
+
+    Attributes:
+      bank: The patches remembered; of its `multiplicity` each is 1.
+      weight: [M] float32, what distances to each row are multiplied by.
+      neighbours: b of PatchCore's equation 7, which makes the image score of its largest patch
+        score; 0 for the largest patch score itself.
+    """
+
+    bank: NominalBank
+    weight: jax.Array
+    neighbours: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+def full_memory(descriptors: DescriptorSet) -> Memory:
+    """Remembers every patch.
+
+    Args:
+      descriptors: Of N training images.
+
+    Returns:
+      A memory of N * P rows.
+    """
+    return _remember(descriptors, np.ones(_shape(descriptors), bool))
+
+
+def oracle_memory(descriptors: DescriptorSet, masks: np.ndarray) -> Memory:
+    """Remembers every patch that is good, by the truth: a bound, not a method.
+
+    Args:
+      descriptors: Of N training images.
+      masks: [N, H, W] integer or bool, 0 where good, as for `metrics.good_patches`.
+
+    Returns:
+      A memory of the patches without a nonzero pixel.
+
+    Raises:
+      ValueError: `masks` do not fit, or no patch is good.
+    """
+    if len(masks) != descriptors.num_images:
+        raise ValueError(
+            f"masks must be those of the {descriptors.num_images} images; got {len(masks)}"
+        )
+    good = metrics.good_patches(masks, grid=descriptors.grid)
+    if not good.any():
+        raise ValueError("masks leave no patch good; are they 0 where the images are good?")
+    return _remember(descriptors, good)
+
+
+def patchcore_memory(
+    descriptors: DescriptorSet,
+    *,
+    ratio: float = 0.1,
+    projection_dim: int | None = 128,
+    neighbours: int = 9,
+    seed: int = 0,
+) -> Memory:
+    """PatchCore's: a coreset of all patches by greedy k-centre selection.
+
+    Args:
+      descriptors: Of N training images.
+      ratio: Share of the patches that is remembered, in (0, 1].
+      projection_dim: Dimensions that descriptors are projected to, by a Gaussian random matrix, for
+        the selection alone; None to select without.
+      neighbours: b of equation 7, at least 2; 0 for none of it.
+      seed: Of the projection and of the first centre.
+
+    Returns:
+      A memory of round(ratio * N * P) rows, of weight 1.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+    _check_neighbours(neighbours)
+    kept = np.ones(_shape(descriptors), bool)
+    chosen = _coreset(descriptors, kept, ratio=ratio, projection_dim=projection_dim, seed=seed)
+    return _remember(descriptors, chosen, neighbours=neighbours)
+
+
+def softpatch_memory(
+    descriptors: DescriptorSet,
+    *,
+    ratio: float = 0.1,
+    projection_dim: int | None = 128,
+    lof_neighbours: int = 6,
+    removed: float = 0.15,
+    seed: int = 0,
+) -> Memory:
+    """SoftPatch's with the local outlier factor: a coreset of what is left after denoising.
+
+    Patches are compared with those at the same position of the other images. The share `removed`
+    with the highest factors of all is dropped, and the coreset is chosen from the rest. Each row
+    keeps its factor as a weight: a patch score is the distance to the nearest row, times the weight
+    of that row, and the image score is the largest patch score. In the paper the image score takes
+    the patch with the largest distance and weighs that; here the weighted distances are compared,
+    so that image and map agree. Neighbours beyond k at exactly the k-th distance are left out of
+    the factor, as scikit-learn leaves them out.
+
+    Args:
+      descriptors: Of N training images, of the same things in the same place.
+      ratio: Share of the patches left that is remembered, in (0, 1].
+      projection_dim: As for `patchcore_memory`.
+      lof_neighbours: k of the local outlier factor, in [1, N).
+      removed: Share of the patches that is dropped, in [0, 1).
+      seed: Of the projection and of the first centre.
+
+    Returns:
+      A memory of round(ratio * patches left) rows, weighted by their outlier factors.
+
+    Raises:
+      ValueError: an option is out of range, or there are not more images than `lof_neighbours`.
+    """
+    if not 0 <= removed < 1:
+        raise ValueError(f"removed must be a share in [0, 1); got {removed!r}")
+    factors = outlier_factors(descriptors, neighbours=lof_neighbours)
+    oddest = np.argsort(-factors.reshape(-1), kind="stable")[: round(removed * factors.size)]
+    kept = np.ones(factors.shape, bool)
+    kept.reshape(-1)[oddest] = False
+    chosen = _coreset(descriptors, kept, ratio=ratio, projection_dim=projection_dim, seed=seed)
+    memory = _remember(descriptors, chosen)
+    weight = np.ones(memory.weight.shape, np.float32)
+    weight[: np.count_nonzero(chosen)] = factors[chosen]
+    return dataclasses.replace(memory, weight=jnp.asarray(weight))
+
+
+def outlier_factors(descriptors: DescriptorSet, *, neighbours: int) -> np.ndarray:
+    """Local outlier factor of each patch among the patches at its position.
+
+    Args:
+      descriptors: Of N images.
+      neighbours: k, in [1, N).
+
+    Returns:
+      [N, P] float32, about 1 where a patch lies as densely as its neighbours, higher if less so.
+
+    Raises:
+      ValueError: `neighbours` is out of range.
+    """
+    num_images, num_patches = _shape(descriptors)
+    if not 1 <= neighbours < num_images:
+        raise ValueError(
+            f"neighbours must be >= 1 and below the number of images, {num_images}; got "
+            f"{neighbours}"
+        )
+    factors = np.empty((num_images, num_patches), np.float32)
+    for start in range(0, num_patches, _POSITIONS):
+        positions = slice(start, start + _POSITIONS)
+        points = jnp.concatenate([block[:, positions] for block in descriptors.blocks])
+        factors[:, positions] = _outlier_factors(points[:num_images], neighbours=neighbours)
+    return factors
+
+
+def local_outlier_factor(points: jax.Array, *, neighbours: int) -> jax.Array:
+    """Local outlier factor (Breunig et al., SIGMOD 2000), with exactly k neighbours on ties.
+
+    Args:
+      points: [N, D] float32.
+      neighbours: k, in [1, N).
+
+    Returns:
+      [N] float32.
+    """
+    others = distances.squared_distance(points[:, None], points[None])
+    others = jnp.where(jnp.eye(len(points), dtype=bool), jnp.inf, others)
+    nearest, index = lax.top_k(-others, neighbours)
+    distance = jnp.sqrt(-nearest)
+    reach = jnp.maximum(distance, distance[:, -1][index])
+    density = 1 / (jnp.mean(reach, axis=1) + _DENSITY_FLOOR)
+    return jnp.mean(density[index], axis=1) / density
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def greedy_coreset(points: jax.Array, *, count: int, start: int | jax.Array = 0) -> jax.Array:
+    """Greedy k-centre selection: again and again the point farthest from those chosen.
+
+    Each centre is sought among the farthest points of the last look at all of them, which is where
+    it must be until the farthest of these is as close as the closest of them was: distances to what
+    is chosen only fall. Then all points are compared with the new centres at once, which costs a
+    matrix product instead of as many passes over the points. The selection is the plain one.
+
+    Args:
+      points: [M, D] float32, with a mean near 0 (see `distances`).
+      count: How many to choose, in [1, M].
+      start: Index of the first.
+
+    Returns:
+      [count] int32, indices in the order in which they were chosen; the lowest one on ties.
+
+    Raises:
+      ValueError: `count` is out of range.
+    """
+    num = points.shape[0]
+    if not 1 <= count <= num:
+        raise ValueError(f"count must be at least 1 and at most the {num} points; got {count}")
+    width = min(_CANDIDATES, num)
+
+    def grow(
+        state: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        chosen, found, distance = state
+        value, index = lax.top_k(distance, width)
+        limit = value[-1] if width < num else jnp.float32(-jnp.inf)
+        index = jnp.sort(index)  # so that the first of equals is the lowest
+        candidates = points[index]
+
+        def more(inner: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            _, n, near = inner
+            # top_k prefers the lowest index, so the first of a round is never in doubt.
+            return (n < count) & ((n == found) | (jnp.max(near) > limit))
+
+        def choose(
+            inner: tuple[jax.Array, jax.Array, jax.Array],
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            chosen, n, near = inner
+            best = jnp.argmax(near)
+            centre = candidates[best][None, :]
+            near = jnp.minimum(near, jnp.sum((candidates - centre) ** 2, axis=1))
+            return chosen.at[n].set(index[best]), n + 1, near.at[best].set(-jnp.inf)
+
+        chosen, now, _ = lax.while_loop(more, choose, (chosen, found, distance[index]))
+
+        def compare(i: jax.Array, distance: jax.Array) -> jax.Array:
+            first = found + i * _CENTRES
+            centres = points[lax.dynamic_slice_in_dim(chosen, first, _CENTRES)]
+            valid = first + jnp.arange(_CENTRES) < now
+            to_centres, _ = distances.nearest(points, centres, valid=valid)
+            return jnp.minimum(distance, to_centres)
+
+        distance = lax.fori_loop(0, -((found - now) // _CENTRES), compare, distance)
+        return chosen, now, distance.at[chosen].set(-jnp.inf)
+
+    first = jnp.asarray(start, jnp.int32)
+    # As long as any slice of centres may reach; what is not chosen yet repeats the first.
+    chosen = jnp.full(count + _CENTRES, first)
+    distance = distances.squared_distance(points, jnp.broadcast_to(points[first], points.shape))
+    state = chosen, jnp.int32(1), distance.at[first].set(-jnp.inf)
+    chosen, _, _ = lax.while_loop(lambda state: state[1] < count, grow, state)
+    return chosen[:count]
+
+
+def score(
+    memory: Memory,
+    descriptors: jax.Array,
+    *,
+    exclude: jax.Array | None = None,
+    tile: int = distances.DEFAULT_TILE,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> tuple[jax.Array, jax.Array]:
+    """Scores of patches and images.
+
+    Args:
+      memory: With the same D.
+      descriptors: [B, P, D] float32.
+      exclude: [B] int32, for each image the training image whose rows are no neighbours of it:
+        itself, if it was trained on; `NOBODY` for none. None for none at all, which is faster.
+      tile: Rows per product; tile * B * P floats are needed beside the inputs, and tile * P with
+        `exclude`.
+      precision: Of the products.
+
+    Returns:
+      [B, P] float32, Euclidean distance to the nearest row times its weight, and [B] float32, the
+      largest of these, reweighted by equation 7 of PatchCore's paper where `memory.neighbours` is
+      not 0. Infinite where no row is left.
+
+    Raises:
+      ValueError: a shape does not fit.
+    """
+    bank = memory.bank
+    if descriptors.ndim != 3 or descriptors.shape[-1] != bank.rows.shape[-1]:
+        raise ValueError(
+            f"descriptors must be [B, P, {bank.rows.shape[-1]}], the memory's D; got "
+            f"{descriptors.shape}"
+        )
+    if exclude is not None and exclude.shape != descriptors.shape[:1]:
+        raise ValueError(
+            f"exclude must have one entry per image, {descriptors.shape[:1]}; got {exclude.shape}"
+        )
+    queries = descriptors - bank.centre[None, None, :]
+    in_use = jnp.arange(bank.rows.shape[0]) < bank.count
+    search = functools.partial(distances.nearest, tile=tile, precision=precision)
+
+    if exclude is None:
+        flat = queries.reshape(-1, queries.shape[-1])
+        squared, index = search(flat, bank.rows, valid=in_use)
+        squared, index = squared.reshape(queries.shape[:2]), index.reshape(queries.shape[:2])
+    else:
+        squared, index = lax.map(
+            lambda image: search(image[0], bank.rows, valid=in_use & (bank.image != image[1])),
+            (queries, exclude),
+        )
+    patches = jnp.sqrt(squared) * memory.weight[index]
+    highest = jnp.max(patches, axis=1)
+    if not memory.neighbours:
+        return patches, highest
+
+    oddest = jnp.argmax(patches, axis=1)[:, None]
+    excluded = jnp.full(len(queries), NOBODY, jnp.int32) if exclude is None else exclude
+
+    def of_image(image: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query, row, excluded = image
+        valid = in_use & (bank.image != excluded)
+        return _reweighting(query, row, bank.rows, valid, neighbours=memory.neighbours)
+
+    weight = lax.map(
+        of_image,
+        (
+            jnp.take_along_axis(queries, oddest[..., None], axis=1)[:, 0],
+            jnp.take_along_axis(index, oddest, axis=1)[:, 0],
+            excluded,
+        ),
+    )
+    return patches, jnp.where(jnp.isfinite(highest), weight * highest, highest)
+
+
+def score_set(
+    memory: Memory, descriptors: DescriptorSet, *, exclude: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scores a set of images, a block at a time.
+
+    Args:
+      memory: With the same D.
+      descriptors: Of N images.
+      exclude: [N] int32, as for `score`.
+
+    Yields:
+      Scores of the patches, [B, Hp, Wp] float32, and of the images, [B] float32, of each block.
+
+    Raises:
+      ValueError: a shape does not fit.
+    """
+    if exclude is not None and exclude.shape != (descriptors.num_images,):
+        raise ValueError(
+            f"exclude must have one entry per image, ({descriptors.num_images},); got "
+            f"{exclude.shape}"
+        )
+    for images, block in descriptors.enumerate():
+        num = images.stop - images.start
+        of_block = None
+        if exclude is not None:
+            of_block = np.full(len(block), NOBODY, np.int32)
+            of_block[:num] = exclude[images]
+        patches, scores = _score(memory, block, exclude=of_block)
+        yield np.asarray(patches)[:num].reshape(num, *descriptors.grid), np.asarray(scores)[:num]
+
+
+def _reweighting(
+    query: jax.Array, row: jax.Array, rows: jax.Array, valid: jax.Array, *, neighbours: int
+) -> jax.Array:
+    """[]: the factor of equation 7, for a query [D] and the index [] of its nearest row.
+
+    1 less the share of that row in a softmax of the query's distances to the row's neighbours, the
+    row itself among them.
+    """
+    of_row = distances.squared_distance(rows, jnp.broadcast_to(rows[row], rows.shape))
+    apart, index = lax.top_k(-jnp.where(valid, of_row, jnp.inf), min(neighbours, len(rows)))
+    near = rows[index]
+    squared = distances.squared_distance(near, jnp.broadcast_to(query, near.shape))
+    distance = jnp.where(jnp.isfinite(apart), jnp.sqrt(squared), -jnp.inf)
+    own = jnp.sqrt(distances.squared_distance(rows[row], query))
+    return -jnp.expm1(own - jax.nn.logsumexp(distance))
+
+
+def _coreset(
+    descriptors: DescriptorSet,
+    kept: np.ndarray,
+    *,
+    ratio: float,
+    projection_dim: int | None,
+    seed: int,
+) -> np.ndarray:
+    """[N, P] bool, the patches that are chosen of those kept, [N, P] bool."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be a share in (0, 1]; got {ratio!r}")
+    if projection_dim is not None and projection_dim < 1:
+        raise ValueError(f"projection_dim must be None or >= 1; got {projection_dim}")
+    key_projection, key_start = jax.random.split(jax.random.key(seed))
+    points = [block[: images.stop - images.start] for images, block in descriptors.enumerate()]
+    if projection_dim is not None:
+        matrix = jax.random.normal(key_projection, (points[0].shape[-1], projection_dim))
+        matrix = matrix / projection_dim**0.5
+        points = [_project(block, matrix) for block in points]
+    flat = np.concatenate([np.asarray(block) for block in points])[kept]
+    count = max(1, round(ratio * len(flat)))
+    start = jax.random.randint(key_start, (), 0, len(flat))
+    index = greedy_coreset(jnp.asarray(flat - flat.mean(axis=0)), count=count, start=start)
+    chosen = np.zeros(kept.shape, bool)
+    chosen.reshape(-1)[np.flatnonzero(kept)[np.asarray(index)]] = True
+    return chosen
+
+
+def _remember(descriptors: DescriptorSet, chosen: np.ndarray, *, neighbours: int = 0) -> Memory:
+    """A memory of the patches that are chosen, [N, P] bool, each of weight 1."""
+    size, num_patches, dim = descriptors.blocks[0].shape
+    capacity = bank_lib.bank_capacity(int(np.count_nonzero(chosen)))
+    rows = jnp.zeros((capacity + size * num_patches, dim), jnp.float32)
+    count = jnp.zeros((), jnp.int32)
+    for images, block in descriptors.enumerate():
+        of_block = np.zeros((size, num_patches), bool)
+        of_block[: images.stop - images.start] = chosen[images]
+        rows, count = _append_rows(rows, count, block, of_block)
+    bank = bank_lib.make_bank(
+        rows[:capacity], multiplicity=chosen.astype(np.int32), reference=descriptors.reference
+    )
+    return Memory(bank=bank, weight=jnp.ones(capacity, jnp.float32), neighbours=neighbours)
+
+
+def _shape(descriptors: DescriptorSet) -> tuple[int, int]:
+    return descriptors.num_images, descriptors.blocks[0].shape[1]
+
+
+def _check_neighbours(neighbours: int) -> None:
+    if neighbours != 0 and neighbours < 2:
+        raise ValueError(
+            f"neighbours must be 0 or at least 2: a row on its own makes every score 0; got "
+            f"{neighbours}"
+        )
+
+
+_append_rows = jax.jit(bank_lib.append_rows, donate_argnums=0)
+_score = jax.jit(score)
+
+
+@jax.jit
+def _project(block: jax.Array, matrix: jax.Array) -> jax.Array:
+    return jnp.einsum("bpd,de->bpe", block, matrix, precision=lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnames="neighbours")
+def _outlier_factors(points: jax.Array, *, neighbours: int) -> jax.Array:
+    """[N, P, D] -> [N, P]."""
+    factor = functools.partial(local_outlier_factor, neighbours=neighbours)
+    return jnp.transpose(lax.map(factor, jnp.transpose(points, (1, 0, 2))))
