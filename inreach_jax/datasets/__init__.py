@@ -1,4 +1,4 @@
-"""Images to fit and score: MVTec AD's layout, plain folders, the demonstration set, protocols."""
+"""Images to fit and score: data sets on disk or prepared, the demonstration set, protocols."""
 
 from inreach_jax.datasets.demo import DemoDataset, DemoSplit, make_demo, write_demo
 from inreach_jax.datasets.files import (
@@ -16,6 +16,7 @@ from inreach_jax.datasets.layouts import (
     list_categories,
     load_category,
 )
+from inreach_jax.datasets.prepared import list_prepared, load_prepared, prepare_category
 from inreach_jax.datasets.protocols import (
     PROTOCOLS,
     Entry,
@@ -46,9 +47,12 @@ __all__ = [
     "list_categories",
     "list_entries",
     "list_images",
+    "list_prepared",
     "load_category",
+    "load_prepared",
     "make_demo",
     "make_manifest",
+    "prepare_category",
     "read_image",
     "read_images",
     "read_manifest",

@@ -12,7 +12,7 @@ import pathlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Self, TypeVar, overload
+from typing import BinaryIO, Self, TypeVar, overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -119,9 +119,22 @@ def image_size(path: Path) -> tuple[int, int]:
       OSError: the file cannot be opened.
       ValueError: it is empty or not an image, has several frames, or is too large.
     """
-    with _open(path) as image:
+    return _size(path)
+
+
+def encoded_size(data: bytes, name: str) -> tuple[int, int]:
+    """`image_size` of a file's bytes; errors call it `name`.
+
+    Raises:
+      ValueError: as for `image_size`.
+    """
+    return _size(name, data)
+
+
+def _size(path: Path, data: bytes | None = None) -> tuple[int, int]:
+    with _open(path, data) as image:
         width, height = image.size
-        if image.format == "PNG" and _metadata_follows_pixels(path):
+        if image.format == "PNG" and _metadata_follows_pixels(path, data):
             image.load()
         # Not image.getexif(), which decodes every PNG that has no EXIF in front of its pixels.
         orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG)
@@ -257,10 +270,14 @@ def read_encoded(image: Path, mask: Path | None) -> tuple[bytes, bytes | None]:
     )
 
 
-def _metadata_follows_pixels(path: Path) -> bool:
+def _stream(path: Path, data: bytes | None) -> BinaryIO:
+    return open(path, "rb") if data is None else io.BytesIO(data)
+
+
+def _metadata_follows_pixels(path: Path, data: bytes | None) -> bool:
     """Whether a PNG has EXIF or XMP behind its pixels, where exiftool puts them."""
     pixels = False
-    with open(path, "rb") as file:
+    with _stream(path, data) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
@@ -280,7 +297,7 @@ def _open(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
       ValueError: what is in it cannot be used, found out here or inside the `with` block.
     """
     name = os.fspath(path)
-    with open(path, "rb") if data is None else io.BytesIO(data) as file:
+    with _stream(path, data) as file:
         if file.seek(0, os.SEEK_END) == 0:
             raise ValueError(f"{name}: the file is empty (0 bytes); copy it again or remove it")
         file.seek(0)

@@ -180,6 +180,8 @@ class _Scan:
         test: list[_Item] = []
         for name in self.types(self.root / "test"):
             paths = self.images(self.root / "test" / name)
+            if name == GOOD != good:
+                self.problems.append(f"{self.root / 'test' / name}: a type of defects called good")
             if name == good:
                 test += [_Item(path, GOOD, None) for path in paths]
             elif paths:
