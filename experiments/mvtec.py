@@ -1,9 +1,11 @@
-"""InReaCh on MVTec AD, or on any folder in its layout.
+"""InReaCh on MVTec AD, VisA, BTAD, MPDD, or on any folder in one of their layouts.
 
     python -m experiments.mvtec --category=screw --data_dir=DIR --workdir=OUT
 
-DIR holds `<category>/train/good`, `test/<type>` and `ground_truth/<type>/*_mask.png`. MVTec AD is
-published under CC BY-NC-SA 4.0 at https://www.mvtec.com/company/research/datasets/mvtec-ad.
+DIR holds `<category>/train/good`, `test/<type>` and `ground_truth/<type>/*_mask.png`, or another
+layout of docs/data.md. MVTec AD is published under CC BY-NC-SA 4.0 at
+https://www.mvtec.com/company/research/datasets/mvtec-ad. `--tfds_dir=DIR` instead of --data_dir
+reads what `python -m experiments.prepare` has prepared.
 
 Trains on train/good without looking at a label, scores test, and writes into OUT `manifest.json`
 (every image that is fitted or scored, with its SHA-256), `metrics.json`, `scores.csv`, `heatmaps/`
@@ -24,6 +26,7 @@ from absl import flags
 
 import inreach_jax
 from experiments import common_flags, runner
+from experiments.prepare import TFDS_DIR
 from experiments.progress import PhaseTimer
 from inreach_jax.datasets import (
     PROTOCOLS,
@@ -32,7 +35,9 @@ from inreach_jax.datasets import (
     apply_manifest,
     list_categories,
     list_entries,
+    list_prepared,
     load_category,
+    load_prepared,
     make_manifest,
     read_manifest,
     write_manifest,
@@ -68,13 +73,11 @@ def main() -> None:
     config = common_flags.config()
     given = _given_manifest()
     category = given.category if given else common_flags.required(common_flags.CATEGORY)
-    data_dir = common_flags.required(common_flags.DATA_DIR)
     workdir = common_flags.required(common_flags.WORKDIR)
     protocol = _protocol()
-    every = category == "all"
-    names = list_categories(data_dir) if every else (category,)
     # Whatever is wrong with a category, a flag or a file shows before the first one is fitted.
-    runs = [_choose(load_category(data_dir, name), protocol, given) for name in names]
+    runs = [_choose(dataset, protocol, given) for dataset in _load(category)]
+    every = category == "all"
     workdir = runner.make_workdir(workdir)
     backbone = inreach_jax.load_backbone(
         common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
@@ -96,6 +99,23 @@ def main() -> None:
         runner.finish(results, workdir=workdir)
     else:
         runner.print_results(results, workdir=workdir)
+
+
+def _load(category: str) -> list[Dataset]:
+    """One category or all, from --data_dir or --tfds_dir.
+
+    Raises:
+      OSError: nothing is there.
+      ValueError: as `load_category` and `load_prepared`; both flags or none are given.
+    """
+    if TFDS_DIR.value is None:
+        data_dir = common_flags.required(common_flags.DATA_DIR)
+        names = list_categories(data_dir) if category == "all" else (category,)
+        return [load_category(data_dir, name) for name in names]
+    if common_flags.DATA_DIR.value is not None:
+        raise ValueError("--data_dir and --tfds_dir are two places for one set; give one of them")
+    names = list_prepared(TFDS_DIR.value) if category == "all" else (category,)
+    return [load_prepared(TFDS_DIR.value, name) for name in names]
 
 
 def _protocol() -> str:

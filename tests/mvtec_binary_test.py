@@ -349,6 +349,14 @@ def test_what_the_user_can_mend_is_one_line(
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+def test_one_place_for_the_data(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    args = (f"--tfds_dir={tmp_path}", "--category=brick", f"--workdir={tmp_path}")
+    error = binary.fails(mvtec, f"--data_dir={data_dir}", *args)
+    assert "--data_dir and --tfds_dir are two places" in error
+    error = binary.fails(mvtec, *args)
+    assert error.startswith(f"error: tfds_dir {tmp_path} holds no prepared categories; prepare it")
+
+
 @pytest.mark.parametrize("missing", ["category", "data_dir", "workdir"])
 def test_flags_that_are_needed(
     missing: str, data_dir: pathlib.Path, tmp_path: pathlib.Path
