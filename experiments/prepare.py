@@ -1,4 +1,4 @@
-"""Prepares a data set with TensorFlow Datasets: one file per split instead of one per image.
+"""Prepares a data set with TensorFlow Datasets: few large files, not one per image.
 
     python -m experiments.prepare --data_dir=DIR --category=all --tfds_dir=OUT
 

@@ -1,4 +1,4 @@
-"""Sets prepared with TensorFlow Datasets: one file per split instead of one per image.
+"""Sets prepared with TensorFlow Datasets: few large files, not one per image.
 
 `prepare_category` writes what `load_category` finds, and `load_prepared` gives it back: the same
 names, labels, order, images and masks, and the same bytes. TensorFlow is not needed.
@@ -134,7 +134,7 @@ def load_prepared(tfds_dir: files.Path, category: str) -> Dataset:
         splits = {
             part: _split(source, classes=layout.class_masks) for part, source in sources.items()
         }
-    except OSError:
+    except (ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # what is damaged shows as any of a dozen types
         raise ValueError(
