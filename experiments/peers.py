@@ -292,9 +292,8 @@ def score(
       memory: With the same D.
       descriptors: [B, P, D] float32.
       exclude: [B] int32, for each image the training image whose rows are no neighbours of it:
-        itself, if it was trained on; `NOBODY` for none. None for none at all, which is faster.
-      tile: Rows per product; tile * B * P floats are needed beside the inputs, and tile * P with
-        `exclude`.
+        itself, if it was trained on; `NOBODY` for none. None for none at all.
+      tile: Rows per product; tile * P floats are needed beside the inputs.
       precision: Of the products.
 
     Returns:
@@ -315,41 +314,29 @@ def score(
         raise ValueError(
             f"exclude must have one entry per image, {descriptors.shape[:1]}; got {exclude.shape}"
         )
-    queries = descriptors - bank.centre[None, None, :]
-    in_use = jnp.arange(bank.rows.shape[0]) < bank.count
-    search = functools.partial(distances.nearest, tile=tile, precision=precision)
-
     if exclude is None:
-        flat = queries.reshape(-1, queries.shape[-1])
-        squared, index = search(flat, bank.rows, valid=in_use)
-        squared, index = squared.reshape(queries.shape[:2]), index.reshape(queries.shape[:2])
-    else:
-        squared, index = lax.map(
-            lambda image: search(image[0], bank.rows, valid=in_use & (bank.image != image[1])),
-            (queries, exclude),
+        exclude = jnp.full(len(descriptors), NOBODY, jnp.int32)
+    in_use = jnp.arange(bank.rows.shape[0]) < bank.count
+
+    def of_image(image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        queries, excluded = image
+        valid = in_use & (bank.image != excluded)
+        queries = queries - bank.centre[None, :]
+        squared, index = distances.nearest(
+            queries, bank.rows, valid=valid, tile=tile, precision=precision
         )
-    patches = jnp.sqrt(squared) * memory.weight[index]
-    highest = jnp.max(patches, axis=1)
-    if not memory.neighbours:
+        patches = jnp.sqrt(squared) * memory.weight[index]
+        highest = jnp.max(patches)
+        if memory.neighbours:
+            oddest = jnp.argmax(patches)
+            factor = _reweighting(
+                queries[oddest], index[oddest], bank.rows, valid, neighbours=memory.neighbours
+            )
+            highest = jnp.where(jnp.isfinite(highest), factor * highest, highest)
         return patches, highest
 
-    oddest = jnp.argmax(patches, axis=1)[:, None]
-    excluded = jnp.full(len(queries), NOBODY, jnp.int32) if exclude is None else exclude
-
-    def of_image(image: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        query, row, excluded = image
-        valid = in_use & (bank.image != excluded)
-        return _reweighting(query, row, bank.rows, valid, neighbours=memory.neighbours)
-
-    weight = lax.map(
-        of_image,
-        (
-            jnp.take_along_axis(queries, oddest[..., None], axis=1)[:, 0],
-            jnp.take_along_axis(index, oddest, axis=1)[:, 0],
-            excluded,
-        ),
-    )
-    return patches, jnp.where(jnp.isfinite(highest), weight * highest, highest)
+    scores: tuple[jax.Array, jax.Array] = lax.map(of_image, (descriptors, exclude))
+    return scores
 
 
 def score_set(
