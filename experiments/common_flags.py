@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from absl import flags
 
 from inreach_jax import BACKBONES, PRESETS, InReachConfig
+from inreach_jax.datasets import PROTOCOLS
 
 CATEGORY = flags.DEFINE_string("category", None, "A category of the data set.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder that the categories are in.")
@@ -20,6 +21,20 @@ BACKBONE = flags.DEFINE_enum(
 WEIGHTS = flags.DEFINE_string("weights", None, "Its weights; by default in well-known places.")
 SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1)
+PROTOCOL = flags.DEFINE_enum(
+    "protocol", None, PROTOCOLS, "What is trained on and scored: docs/data.md."
+)
+OVERLAP = flags.DEFINE_enum(
+    "overlap", "no", ("no", "yes", "both"), "Noise: whether what is trained on is scored, too."
+)
+RATIOS = flags.DEFINE_list("ratios", ["0", "0.1", "0.4"], "Anomalous shares of training images.")
+NUM_TRAIN = flags.DEFINE_integer(
+    "num_train",
+    None,
+    "Training images; by default as many as there are for, up to 120.",
+    lower_bound=1,
+)
+SEEDS = flags.DEFINE_integer("seeds", 1, "Draws of training images: seeds 0, 1, ...", lower_bound=1)
 PRESET = flags.DEFINE_enum("preset", "default", sorted(PRESETS), "Options to start from.")
 
 
@@ -46,6 +61,21 @@ def config() -> InReachConfig:
         if (value := holder.value) is not None
     }
     return PRESETS[PRESET.value].replace(**changes)
+
+
+def ratios() -> list[float]:
+    """The shares of --ratios, ascending.
+
+    Raises:
+      ValueError: one is no number in [0, 0.5].
+    """
+    try:
+        values = sorted({float(ratio) for ratio in RATIOS.value})
+    except ValueError as error:
+        raise ValueError(f"--ratios takes numbers; got {','.join(RATIOS.value)}") from error
+    if not values or not 0 <= values[0] <= values[-1] <= 0.5:
+        raise ValueError(f"--ratios must be in [0, 0.5]; got {values}")
+    return values
 
 
 def _define_options() -> dict[str, flags.FlagHolder[Any]]:

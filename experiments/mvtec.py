@@ -12,10 +12,10 @@ Trains on train/good without looking at a label, scores test, and writes into OU
 and `bank/`. `--category=all` does so for every category into `OUT/<category>` and averages.
 
 `--protocol` says what is trained on and scored (docs/data.md): `clean`, `noise` with `--ratio`,
-`--overlap`, `--max_ratio` and `--max_train`, or `official`, for which `--contaminate=40` is short:
-it adds 40 test images to the training images and leaves them in the test set, which is how the
-released reference was evaluated. `--manifest=FILE` runs exactly what another run did, and refuses
-to if a file is not the same any more.
+`--overlap=yes`, `--max_ratio` and `--max_train`, or `official`, for which `--contaminate=40` is
+short: it adds 40 test images to the training images and leaves them in the test set, which is how
+the released reference was evaluated. `--manifest=FILE` runs exactly what another run did, and
+refuses to if a file is not the same any more.
 
 Expected of screw (512 px, EfficientNet-Lite0), with the seconds of two CPU cores: see README.md.
 """
@@ -29,7 +29,6 @@ from experiments import common_flags, runner
 from experiments.prepare import TFDS_DIR
 from experiments.progress import PhaseTimer
 from inreach_jax.datasets import (
-    PROTOCOLS,
     Dataset,
     Manifest,
     apply_manifest,
@@ -50,7 +49,6 @@ _MAX_TRAIN = flags.DEFINE_integer(
 _MAX_TEST = flags.DEFINE_integer(
     "max_test", None, "Only so many, spread evenly over the types.", lower_bound=1
 )
-_PROTOCOL = flags.DEFINE_enum("protocol", "clean", PROTOCOLS, "What is trained on and scored.")
 _CONTAMINATE = flags.DEFINE_integer(
     "contaminate",
     NUM_CONTAMINATE,
@@ -59,7 +57,6 @@ _CONTAMINATE = flags.DEFINE_integer(
 )
 _RATIO = flags.DEFINE_float("ratio", 0.0, "Noise: anomalous share of the training images.")
 _MAX_RATIO = flags.DEFINE_float("max_ratio", 0.5, "Noise: highest ratio to compare with.")
-_OVERLAP = flags.DEFINE_boolean("overlap", False, "Noise: score what is trained on, too.")
 _MANIFEST = flags.DEFINE_string("manifest", None, "A manifest.json to run exactly.")
 
 _FIXED_BY_MANIFEST = (
@@ -124,7 +121,9 @@ def _protocol() -> str:
     Raises:
       ValueError: they contradict one another, or it is one that this binary does not run.
     """
-    protocol = str(_PROTOCOL.value)
+    protocol = str(common_flags.PROTOCOL.value or "clean")
+    if common_flags.OVERLAP.value == "both":
+        raise ValueError("--overlap=both is two runs; give yes or no")
     if flags.FLAGS["contaminate"].present:
         if protocol != "official" and flags.FLAGS["protocol"].present:
             raise ValueError(f"--contaminate is of --protocol=official; got --protocol={protocol}")
@@ -177,7 +176,7 @@ def _choose(dataset: Dataset, protocol: str, given: Manifest | None) -> tuple[Da
         protocol=protocol,
         seed=common_flags.SEED.value,
         ratio=_RATIO.value,
-        overlap=_OVERLAP.value,
+        overlap=common_flags.OVERLAP.value == "yes",
         max_ratio=_MAX_RATIO.value,
         num_train=_MAX_TRAIN.value if protocol == "noise" else None,
         num_contaminate=_CONTAMINATE.value,

@@ -1,10 +1,8 @@
-"""Other methods on our descriptors, for comparison: PatchCore, SoftPatch and two bounds.
+"""Other methods on our descriptors, for comparison: PatchCore and SoftPatch.
 
-Written from the papers. All of them remember patches of the training images and call a patch odd
-that is far from everything remembered; they differ in what they remember.
+Written from the papers. Both remember patches of the training images and call a patch odd that is
+far from everything remembered; they differ in what they remember.
 
-- `full_memory`: every patch, anomalies included: what any way of choosing has to beat.
-- `oracle_memory`: every patch but those with an anomalous pixel: what choosing could achieve.
 - `patchcore_memory` (Roth et al., CVPR 2022): a tenth of the patches, spread evenly by greedy
   k-centre selection.
 - `softpatch_memory` (Jiang et al., NeurIPS 2022): the same after the patches with the highest local
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from inreach_jax import NominalBank, distances, metrics
+from inreach_jax import NominalBank, distances
 from inreach_jax import bank as bank_lib
 from inreach_jax.pipeline import DescriptorSet
 
@@ -50,41 +48,6 @@ class Memory:
     bank: NominalBank
     weight: jax.Array
     neighbours: int = dataclasses.field(default=0, metadata={"static": True})
-
-
-def full_memory(descriptors: DescriptorSet) -> Memory:
-    """Remembers every patch.
-
-    Args:
-      descriptors: Of N training images.
-
-    Returns:
-      A memory of N * P rows.
-    """
-    return _remember(descriptors, np.ones(_shape(descriptors), bool))
-
-
-def oracle_memory(descriptors: DescriptorSet, masks: np.ndarray) -> Memory:
-    """Remembers every patch that is good, by the truth: a bound, not a method.
-
-    Args:
-      descriptors: Of N training images.
-      masks: [N, H, W] integer or bool, 0 where good, as for `metrics.good_patches`.
-
-    Returns:
-      A memory of the patches without a nonzero pixel.
-
-    Raises:
-      ValueError: `masks` do not fit, or no patch is good.
-    """
-    if len(masks) != descriptors.num_images:
-        raise ValueError(
-            f"masks must be those of the {descriptors.num_images} images; got {len(masks)}"
-        )
-    good = metrics.good_patches(masks, grid=descriptors.grid)
-    if not good.any():
-        raise ValueError("masks leave no patch good; are they 0 where the images are good?")
-    return _remember(descriptors, good)
 
 
 def patchcore_memory(

@@ -37,6 +37,7 @@ _TABLE = (
     "pixel_ap",
     "pixel_f1_max",
     "aupro",
+    "aupro_005",
     "nominal_precision",
     "nominal_recall",
 )

@@ -35,14 +35,40 @@ def append_rows(
     return rows, count + jnp.sum(nominal, dtype=jnp.int32)
 
 
+def thin(num_images: int, num_patches: int, *, max_rows: int | None) -> np.ndarray:
+    """Which patches to keep where all are nominal and there are too many.
+
+    Every image keeps equally many, at places drawn for each: drawn by a fixed seed, so that equal
+    sets have equal banks.
+
+    Args:
+      num_images: N.
+      num_patches: P.
+      max_rows: How many to keep at most; each image keeps one at least. None for all.
+
+    Returns:
+      [N, P] bool.
+    """
+    if max_rows is None or num_images * num_patches <= max_rows:
+        return np.ones((num_images, num_patches), bool)
+    order = np.random.default_rng(0).random((num_images, num_patches)).argsort(axis=1)
+    return order < max(1, max_rows // num_images)
+
+
 def make_bank(
-    rows: jax.Array, *, multiplicity: np.ndarray, reference: jax.Array | None = None
+    rows: jax.Array,
+    *,
+    multiplicity: np.ndarray,
+    span: int | None = None,
+    reference: jax.Array | None = None,
 ) -> NominalBank:
     """A bank of rows in the order of (image, patch).
 
     Args:
       rows: [M, D] float32, M >= the number of nominal patches; the rest is padding.
       multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
+      span: How many realizations must share a patch, in which case each image must have equally
+        many rows, and there is no padding; None where any row will do.
       reference: [h, w, 3] float32 that images were aligned to, if they were.
 
     Returns:
@@ -60,5 +86,7 @@ def make_bank(
         patch=jnp.asarray(np.pad(patch.astype(np.int32), padding)),
         multiplicity=jnp.asarray(np.pad(multiplicity[image, patch].astype(np.int32), padding)),
         count=jnp.asarray(count, jnp.int32),
+        span=None if span is None else jnp.asarray(span, jnp.int32),
         reference=reference,
+        per_image=0 if span is None else count // len(np.unique(image)),
     )

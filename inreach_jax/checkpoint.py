@@ -21,7 +21,7 @@ from inreach_jax.bank import bank_capacity
 from inreach_jax.config import InReachConfig
 from inreach_jax.types import NominalBank
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PER_ROW = ("rows", "image", "patch", "multiplicity")
 
 
@@ -54,7 +54,7 @@ def save_bank(
     arrays = {
         field.name: np.asarray(getattr(bank, field.name))
         for field in dataclasses.fields(bank)
-        if field.name != "count" and getattr(bank, field.name) is not None
+        if field.name not in ("count", "per_image") and getattr(bank, field.name) is not None
     }
     arrays |= {name: arrays[name][:count] for name in _PER_ROW}
     if not (np.isfinite(arrays["rows"]).all() and np.isfinite(arrays["centre"]).all()):
@@ -65,6 +65,7 @@ def save_bank(
         "weights_digest": backbone.weights_digest,
         "config": config.to_dict(),
         "arrays": {name: _spec(x) for name, x in arrays.items()},
+        "per_image": bank.per_image,
         "digest": _digest(arrays),
         "versions": {
             "jax": jax.__version__,
@@ -129,12 +130,20 @@ def restore_bank(
             "fit again"
         )
     count = len(arrays["rows"])
-    padding = bank_capacity(count) - count
+    per_image = int(manifest["per_image"])
+    if ("span" in arrays) != (per_image > 0) or (per_image and count % per_image):
+        raise ValueError(
+            f"the bank at {path} is damaged: {count} rows do not make images of {per_image}. "
+            "Restore a copy or fit again"
+        )
+    padding = 0 if per_image else bank_capacity(count) - count
     for name in _PER_ROW:
         x = arrays[name]
         arrays[name] = np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
     bank = NominalBank(
-        count=jnp.asarray(count, jnp.int32), **{k: jnp.asarray(v) for k, v in arrays.items()}
+        count=jnp.asarray(count, jnp.int32),
+        per_image=per_image,
+        **{k: jnp.asarray(v) for k, v in arrays.items()},
     )
     return bank, config
 
@@ -149,7 +158,9 @@ def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) ->
         raise ValueError(
             f"{path} has bank format {version}; this version reads {FORMAT_VERSION}. Fit it again"
         )
-    missing = {"backbone", "weights_digest", "config", "arrays", "digest"} - set(manifest)
+    missing = {"backbone", "weights_digest", "config", "arrays", "per_image", "digest"} - set(
+        manifest
+    )
     if missing:
         raise ValueError(
             f"the bank at {path} is damaged: its manifest lacks {sorted(missing)}. Restore a copy "

@@ -32,7 +32,15 @@ class InReachConfig:
         `images.is_positional` on the training images.
       position_weight: Distance, in descriptor units, that position adds from one edge of the grid
         to the other.
-      num_seeds: S, the number of seed images; the first ones of the training set.
+      nominal: Which patches are the bank. "channels": those of the channels that are kept, and a
+        patch is scored by its nearest (published). "all": every patch, and one that is scored must
+        be shared by several images (`inreach_jax.support`).
+      spread_growth: With "all", the share by which asking for more images to share a patch may
+        make its channel wider. It decides how many are asked for.
+      max_bank_rows: Upper limit of the rows where all patches are nominal; more are thinned, each
+        image's alike. None for no limit.
+      num_seeds: S, the number of seed images. With "channels" the first ones of the training set,
+        with "all" spread evenly over it, and at most all of it.
       pairs: "all" compares each image with every other seed image; "earlier" only with seeds that
         precede it (released).
       veto: Whether a patch whose nearest seed patch is not mutual joins no channel at all, even if
@@ -44,6 +52,9 @@ class InReachConfig:
         dropped; "std": standard deviation of the radii (published); "rms": their root mean square,
         which no radius exceeds sqrt(span - 1) times, so it wants a limit of about 2.
       max_channel_std: Members with r >= max_channel_std * scale are dropped.
+      distance: "euclidean" or "squared" (published) distances to the bank make the map.
+      image_contrast: The image score is the maximum of the map less this share of its mean:
+        what is unlike the bank as a whole, by its pose or its light, is not a defect.
       upsampling: How patch scores become a map: "bilinear" (half-pixel) or "nearest" (released).
       smoothing_sigma: Standard deviation in pixels of the Gaussian that smooths the map; 0: none.
       mask_threshold: Test masks, uint8 after the same resize and crop, are anomalous where >= this
@@ -64,13 +75,18 @@ class InReachConfig:
     descriptor_dim: int = 512
     positional: Literal["auto", "on", "off"] = "auto"
     position_weight: float = 5.0
-    num_seeds: int = 10
+    nominal: Literal["channels", "all"] = "all"
+    spread_growth: float = 0.1
+    max_bank_rows: int | None = 200_000
+    num_seeds: int = 40
     pairs: Literal["all", "earlier"] = "all"
     veto: bool = False
     index_order: Literal["matched", "swapped"] = "matched"
     min_channel_length: int = 3
     radius_filter: Literal["none", "std", "rms"] = "none"
     max_channel_std: float = 5.0
+    distance: Literal["euclidean", "squared"] = "euclidean"
+    image_contrast: float = 0.5
     upsampling: Literal["bilinear", "nearest"] = "bilinear"
     smoothing_sigma: float = 4.0
     mask_threshold: int = 128
@@ -125,6 +141,10 @@ class InReachConfig:
             )
         if self.mask_threshold > 255:
             raise ValueError(f"mask_threshold must be in [1, 255]; got {self.mask_threshold}")
+        if self.spread_growth == 0:
+            raise ValueError("spread_growth must be above 0: no span keeps the spread as it is")
+        if self.image_contrast > 1:
+            raise ValueError(f"image_contrast must be in [0, 1]; got {self.image_contrast}")
         if self.max_channel_std == 0 and self.radius_filter != "none":
             raise ValueError("max_channel_std 0 drops every member; set it above 0")
 
@@ -152,11 +172,32 @@ class InReachConfig:
         return cls(**options)
 
 
+FEATURE_OPTIONS = (
+    *("resize", "crop", "antialias", "alignment", "channel_order", "normalization", "batch_norm"),
+    *("taps", "level_dim", "descriptor_dim", "positional", "position_weight"),
+)
+"""The options that descriptors depend on; the others concern what comes after them."""
+
+
+SCORE_OPTIONS = (
+    *("distance", "image_contrast", "upsampling", "smoothing_sigma"),
+    *("mask_threshold", "recall"),
+)
+"""The options that concern what comes after the bank."""
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+_CHANNELS: dict[str, Any] = {
+    "nominal": "channels",
+    "num_seeds": 10,
+    "distance": "squared",
+    "image_contrast": 0.0,
+}
 _PUBLISHED: dict[str, Any] = {
+    **_CHANNELS,
     "antialias": False,
     "level_dim": 1024,
     "descriptor_dim": 1024,
@@ -166,8 +207,11 @@ _PUBLISHED: dict[str, Any] = {
 }
 
 PRESETS: Mapping[str, InReachConfig] = {
-    # Chosen by measurement: docs/design.md, "Defaults".
+    # Chosen by measurement: docs/design.md, "Defaults". "robust" is its name among the presets.
     "default": InReachConfig(),
+    "robust": InReachConfig(),
+    # The published algorithm at its best: no radius filter, less smoothing.
+    "channels": InReachConfig(**_CHANNELS),
     # What the paper describes.
     "paper": InReachConfig(**_PUBLISHED),
     # What the released reference computes: docs/reference.md.

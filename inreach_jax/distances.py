@@ -96,6 +96,41 @@ def nearest(
     return jnp.where(jnp.isfinite(value), exact, value + q_norm), index
 
 
+def nearest_each(
+    queries: jax.Array,
+    groups: jax.Array,
+    *,
+    centre: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    tile: int = DEFAULT_TILE,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest row of each group to each query.
+
+    Args:
+      queries: [Q, D] float32.
+      groups: [N, R, D] float32, N groups of R >= 1 rows.
+      centre: As for `nearest`.
+      valid: [N, R] bool, rows that may be neighbours; None for all.
+      tile: Rows per product, >= 1. Needs tile * Q floats beside the inputs.
+      precision: Of the products that choose the neighbours.
+
+    Returns:
+      Squared distances [N, Q] float32, differentiable like those of `nearest`, and the indices
+      [N, Q] int32 of the rows within their group. Where no row of a group is valid: (inf, 0).
+
+    Raises:
+      ValueError: as `nearest`.
+    """
+
+    def of_group(group: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        rows, usable = group
+        return nearest(queries, rows, centre=centre, valid=usable, tile=tile, precision=precision)
+
+    result: tuple[jax.Array, jax.Array] = lax.map(of_group, (groups, valid))
+    return result
+
+
 def mutual_nearest(
     a: jax.Array,
     b: jax.Array,

@@ -20,11 +20,13 @@ from inreach_jax import bank as bank_lib
 from inreach_jax import channels as channels_lib
 from inreach_jax import descriptors as descriptors_lib
 from inreach_jax import images as images_lib
-from inreach_jax import scoring
+from inreach_jax import scoring, support
 from inreach_jax.association import associate, select_members
 from inreach_jax.backbones import Backbone, BackboneSpec
 from inreach_jax.config import InReachConfig
 from inreach_jax.types import UNMATCHED, Channels, Members, NominalBank, Scores
+
+_MIN_IMAGES = 3
 
 Images = np.ndarray | Iterable[np.ndarray]
 """uint8 RGB: an array [N, H, W, 3], or anything that yields [H, W, 3], whose sizes may differ."""
@@ -269,8 +271,9 @@ def fit_descriptors(
 
     Args:
       descriptors: Of N training images, in the order in which the first ones become seeds.
-      config: All options from `num_seeds` to `max_channel_std` are used.
-      progress: Told after each block, phases "association", "channels" and "bank".
+      config: All options from `nominal` to `max_channel_std` are used.
+      progress: Told after each block, phases "association", "channels" and "bank" ("association"
+        and "bank" where `config.nominal` is "all").
 
     Returns:
       The nominal bank.
@@ -280,12 +283,34 @@ def fit_descriptors(
     """
     _check_count(descriptors.num_images, config)
     tell = progress or (lambda phase, done, total: None)
+    if config.nominal == "all":
+        return _fit_all(descriptors, config=config, progress=tell)
     members = _associate_all(descriptors, config=config, progress=tell)
     channels = _find_channels(descriptors, members, config=config, progress=tell)
     multiplicity = np.asarray(channels.multiplicity)
     if not multiplicity.any():
         raise ValueError(_no_channel_message(channels, descriptors.num_images, config))
     return _collect(descriptors, multiplicity, progress=tell)
+
+
+def _fit_all(
+    descriptors: DescriptorSet, *, config: InReachConfig, progress: Progress
+) -> NominalBank:
+    """The bank of all patches, and the span that the seeds show to be asked for."""
+    num_images, size = descriptors.num_images, descriptors.blocks[0].shape[0]
+    seed_index = support.spread_seeds(num_images, num_seeds=config.num_seeds)
+    of_seeds = descriptors.select(seed_index)
+    seeds = of_seeds.first(len(seed_index))
+    spreads = []
+    for images, block in of_seeds.enumerate():
+        num = images.stop - images.start
+        index = np.pad(seed_index[images], (0, size - num), mode="edge")
+        spreads.append(_seed_distances(seeds, block, seed_index, index)[:num])
+        progress("association", images.stop, len(seed_index))
+    growth = float(_growth_exponent(jnp.concatenate(spreads)))
+    span = support.choose_span(growth, tolerance=config.spread_growth, num_images=num_images)
+    kept = bank_lib.thin(num_images, seeds.shape[1], max_rows=config.max_bank_rows)
+    return _collect(descriptors, kept.astype(np.int32), span=span, progress=progress)
 
 
 def _associate_all(
@@ -324,20 +349,28 @@ def _find_channels(
 
 
 def _collect(
-    descriptors: DescriptorSet, multiplicity: np.ndarray, *, progress: Progress
+    descriptors: DescriptorSet,
+    multiplicity: np.ndarray,
+    *,
+    span: int | None = None,
+    progress: Progress,
 ) -> NominalBank:
     """The bank of the patches whose multiplicity, [N, P] int32, is positive."""
-    capacity = bank_lib.bank_capacity(int(np.count_nonzero(multiplicity)))
+    nominal = int(np.count_nonzero(multiplicity))
+    capacity = bank_lib.bank_capacity(nominal) if span is None else nominal
     size, num_patches, dim = descriptors.blocks[0].shape
     rows = jnp.zeros((capacity + size * num_patches, dim), jnp.float32)
     count = jnp.zeros((), jnp.int32)
     for images, block in descriptors.enumerate():
-        nominal = np.zeros((size, num_patches), bool)
-        nominal[: images.stop - images.start] = multiplicity[images] > 0
-        rows, count = _append_rows(rows, count, block, nominal)
+        of_block = np.zeros((size, num_patches), bool)
+        of_block[: images.stop - images.start] = multiplicity[images] > 0
+        rows, count = _append_rows(rows, count, block, of_block)
         progress("bank", images.stop, descriptors.num_images)
     return bank_lib.make_bank(
-        rows[:capacity], multiplicity=multiplicity, reference=descriptors.reference
+        rows[:capacity],
+        multiplicity=multiplicity,
+        span=span,
+        reference=descriptors.reference,
     )
 
 
@@ -414,6 +447,7 @@ def score_descriptor_set(
     descriptors: DescriptorSet,
     *,
     config: InReachConfig,
+    leave_out: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Scores]:
     """Scores images whose descriptors are known, a block at a time.
@@ -422,6 +456,8 @@ def score_descriptor_set(
       bank: The nominal bank.
       descriptors: Made with the same backbone and config, and with position if the bank has it.
       config: That the bank was fitted with.
+      leave_out: The images are the ones that the bank was fitted on, in the same order, and the
+        patches of each are left out of the bank while it is scored.
       progress: Told after each block, phase "scoring".
 
     Yields:
@@ -432,8 +468,14 @@ def score_descriptor_set(
     """
     angles: Iterable[jax.Array | None] = descriptors.angles or [None] * len(descriptors.blocks)
     for (images, block), turned_by in zip(descriptors.enumerate(), angles, strict=True):
+        index = np.arange(images.start, images.start + len(block), dtype=np.int32)
         scores = _score_descriptors(
-            bank, block, grid=descriptors.grid, config=config, angles=turned_by
+            bank,
+            block,
+            grid=descriptors.grid,
+            config=config,
+            angles=turned_by,
+            exclude=index if leave_out else None,
         )
         yield _first(scores, images.stop - images.start)
         if progress is not None:
@@ -477,6 +519,13 @@ def _of_block(members: Members, images: slice, size: int) -> Members:
 
 
 def _check_count(num_images: int, config: InReachConfig) -> None:
+    if config.nominal == "all":
+        if min(num_images, config.num_seeds) < _MIN_IMAGES:
+            raise ValueError(
+                f"how well images support one another takes at least {_MIN_IMAGES} training images "
+                f"and num_seeds; got {num_images} and {config.num_seeds}"
+            )
+        return
     if num_images < config.num_seeds:
         raise ValueError(
             f"{num_images} training images are fewer than num_seeds = {config.num_seeds}; add "
@@ -537,6 +586,7 @@ _align = jax.jit(images_lib.align)
 _append_position = jax.jit(descriptors_lib.append_position)
 _append_rows = jax.jit(bank_lib.append_rows, donate_argnums=0)
 _member_radii = jax.jit(channels_lib.member_radii)
+_growth_exponent = jax.jit(support.growth_exponent)
 _score_descriptors = jax.jit(scoring.score_descriptors, static_argnames=("grid", "config"))
 _score_crops = jax.jit(score_crops, static_argnames=("spec", "config"))
 
@@ -558,6 +608,15 @@ def _associate_block(
 ) -> Members:
     association = associate(seeds, block, image_index=image_index, config=config)
     return select_members(association, config=config)
+
+
+@jax.jit
+def _seed_distances(
+    seeds: jax.Array, block: jax.Array, seed_index: np.ndarray, image_index: np.ndarray
+) -> jax.Array:
+    return support.seed_distances(
+        seeds, block, seed_index=jnp.asarray(seed_index), image_index=jnp.asarray(image_index)
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

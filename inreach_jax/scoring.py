@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from inreach_jax import distances
+from inreach_jax import distances, support
 from inreach_jax.config import InReachConfig
 from inreach_jax.images import rotate
 from inreach_jax.types import NominalBank, Scores
@@ -20,14 +20,20 @@ def score_patches(
     bank: NominalBank,
     descriptors: jax.Array,
     *,
+    exclude: jax.Array | None = None,
     tile: int = distances.DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
     """Squared distance of each patch to its nearest bank row (paper, section 3.4).
 
+    Where the bank has a span, to the nearest row of the image that completes it: see
+    `inreach_jax.support`.
+
     Args:
       bank: With the same D.
       descriptors: [B, P, D] float32.
+      exclude: [B] int32, of which training image the rows are no neighbours of each image: its own
+        index, to score the training images themselves. None for no image.
       tile: Bank rows per product; tile * B * P floats are needed beside the inputs.
       precision: Of the products.
 
@@ -42,12 +48,72 @@ def score_patches(
             f"descriptors must be [B, P, {bank.rows.shape[-1]}], the bank's D; got "
             f"{descriptors.shape}. Was the bank fitted with another backbone or configuration?"
         )
-    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
+    shape = descriptors.shape[:2]
+    if bank.span is not None:
+        each = image_distances(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
+        value, row = support.spread_at(*each, span=bank.span)
+        return value.reshape(shape), row.reshape(shape)
     valid = jnp.arange(bank.rows.shape[0]) < bank.count
-    value, index = distances.nearest(
-        queries, bank.rows, valid=valid, tile=tile, precision=precision
+
+    def search(queries: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return distances.nearest(
+            queries - bank.centre[None, :],
+            bank.rows,
+            valid=valid,
+            tile=tile,
+            precision=precision,
+        )
+
+    if exclude is not None:
+        of_images: tuple[jax.Array, jax.Array] = lax.map(
+            lambda image: search(image[0], valid & (bank.image != image[1])),
+            (descriptors, exclude),
+        )
+        return of_images
+    value, row = search(descriptors.reshape(-1, descriptors.shape[-1]), valid)
+    return value.reshape(shape), row.reshape(shape)
+
+
+def image_distances(
+    bank: NominalBank,
+    descriptors: jax.Array,
+    *,
+    kept: jax.Array | None = None,
+    exclude: jax.Array | None = None,
+    tile: int = distances.DEFAULT_TILE,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> tuple[jax.Array, jax.Array]:
+    """Squared distance of each patch to the nearest bank row of every training image.
+
+    Args:
+      bank: With a span, whose rows are those of N images.
+      descriptors: [B, P, D] float32.
+      kept: [M] bool, rows that may be neighbours; None for all.
+      exclude: As for `score_patches`.
+      tile: Likewise.
+      precision: Likewise.
+
+    Returns:
+      Squared distances [N, B * P] float32, infinite to what is excluded or has no row kept, and the
+      rows' indices [N, B * P] int32.
+    """
+    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
+    each = (-1, bank.per_image)
+    valid = jnp.arange(bank.rows.shape[0]) < bank.count
+    if kept is not None:
+        valid &= kept
+    value, row = distances.nearest_each(
+        queries,
+        bank.rows.reshape(*each, bank.rows.shape[-1]),
+        valid=valid.reshape(each),
+        tile=tile,
+        precision=precision,
     )
-    return value.reshape(descriptors.shape[:2]), index.reshape(descriptors.shape[:2])
+    row += bank.per_image * jnp.arange(len(row), dtype=jnp.int32)[:, None]
+    if exclude is not None:
+        own = bank.image.reshape(each)[:, :1] == jnp.repeat(exclude, descriptors.shape[1])[None, :]
+        value = jnp.where(own, jnp.inf, value)
+    return value, row
 
 
 def make_maps(
@@ -85,6 +151,7 @@ def score_descriptors(
     grid: tuple[int, int],
     config: InReachConfig,
     angles: jax.Array | None = None,
+    exclude: jax.Array | None = None,
     tile: int = distances.DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> Scores:
@@ -94,17 +161,42 @@ def score_descriptors(
       bank: With the same D.
       descriptors: [B, Hp * Wp, D] float32.
       grid: (Hp, Wp).
-      config: Uses `crop`, `upsampling` and `smoothing_sigma`.
+      config: Uses `crop` and all options from `distance` to `smoothing_sigma`.
       angles: [B] float32, degrees that the images were turned by, if they were: the maps are turned
         back.
+      exclude: As for `score_patches`.
       tile: As for `score_patches`.
       precision: Likewise.
 
     Returns:
-      Scores of the B images; the image score is the maximum of its map.
+      Scores of the B images.
     """
-    value, index = score_patches(bank, descriptors, tile=tile, precision=precision)
-    shape = (descriptors.shape[0], *grid)
+    value, index = score_patches(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
+    return scores_of_patches(value, index, grid=grid, config=config, angles=angles)
+
+
+def scores_of_patches(
+    sq_distance: jax.Array,
+    nearest: jax.Array,
+    *,
+    grid: tuple[int, int],
+    config: InReachConfig,
+    angles: jax.Array | None = None,
+) -> Scores:
+    """What follows once each patch has its distance: maps and image scores.
+
+    Args:
+      sq_distance: [B, Hp * Wp] float32, squared, as `score_patches` has it.
+      nearest: [B, Hp * Wp] int32, likewise.
+      grid: (Hp, Wp).
+      config: As for `score_descriptors`.
+      angles: Likewise.
+
+    Returns:
+      Scores of the B images.
+    """
+    value = _root(sq_distance) if config.distance == "euclidean" else sq_distance
+    shape = (value.shape[0], *grid)
     patches = value.reshape(shape)
     maps = make_maps(
         patches,
@@ -112,10 +204,16 @@ def score_descriptors(
         upsampling=config.upsampling,
         smoothing_sigma=config.smoothing_sigma,
     )
-    image = jnp.max(maps, axis=(1, 2))
+    image = jnp.max(maps, axis=(1, 2)) - config.image_contrast * jnp.mean(maps, axis=(1, 2))
     if angles is not None:
         maps = rotate(maps[..., None], -angles)[..., 0]
-    return Scores(image=image, maps=maps, patches=patches, nearest=index.reshape(shape))
+    return Scores(image=image, maps=maps, patches=patches, nearest=nearest.reshape(shape))
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """Square root with a gradient of 0, not NaN, at 0: where a patch stands in the bank itself."""
+    positive = x != 0  # true for NaN, which must show
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 @functools.lru_cache(maxsize=32)

@@ -17,6 +17,12 @@ import jax
 UNMATCHED = -1
 
 
+def _static(default: int) -> int:
+    """A field that is part of a pytree's structure: arrays have their shapes from it."""
+    value: int = dataclasses.field(default=default, metadata={"static": True})
+    return value
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Association:
@@ -63,6 +69,9 @@ class NominalBank:
 
     Rows at and beyond `count` are padding and are never a neighbour. The original descriptors are
     `rows + centre`. Each nominal patch stands once, in the order of (image, patch).
+
+    With a span, a patch is as far from the bank as from the nearest row of its span-th nearest
+    image, and every image has equally many rows: see `inreach_jax.support`.
     """
 
     rows: jax.Array  # [M, D] float32, descriptors less `centre`
@@ -71,13 +80,20 @@ class NominalBank:
     patch: jax.Array  # [M] int32, index of its patch
     multiplicity: jax.Array  # [M] int32, kept channels that hold the patch
     count: jax.Array  # [] int32, rows in use
+    span: jax.Array | None = None  # [] int32, realizations that must share a patch; None: any row
     reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are
+    per_image: int = _static(
+        0
+    )  # [] int32, static: rows of each image where there is a span, else 0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How anomalous images are, and where. Squared descriptor distances, >= 0, higher is odder."""
+    """How anomalous images are, and where. Descriptor distances, >= 0, higher is odder.
+
+    Euclidean, or squared where `InReachConfig.distance` says so.
+    """
 
     image: jax.Array  # [B] float32
     maps: jax.Array  # [B, h, w] float32, smoothed, pixel by pixel over the cropped image
