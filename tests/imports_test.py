@@ -21,6 +21,7 @@ ORDER = (
     "descriptors",
     "association",
     "channels",
+    "support",
     "bank",
     "scoring",
     "metrics",

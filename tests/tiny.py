@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from inreach_jax import InReachConfig
+from inreach_jax import PRESETS
 from inreach_jax.backbones import Backbone, BackboneSpec, layers
 
 SIDE = 36  # of the images; the crop of 32 makes a grid of 8 x 8 patches
-CONFIG = InReachConfig(
+CONFIG = PRESETS["channels"].replace(
     resize=(SIDE, SIDE),
     crop=(32, 32),
     level_dim=None,  # a dimension per channel: narrow
@@ -24,6 +24,7 @@ CONFIG = InReachConfig(
 )
 BATCH = 3  # the same everywhere, so that tests share compilations
 FLAGS = (
+    "--preset=channels",
     *("--resize=36", "--crop=32", "--level_dim=none"),
     *("--num_seeds=3", "--min_channel_length=2"),
     *("--smoothing_sigma=2", f"--batch_size={BATCH}"),
