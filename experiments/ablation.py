@@ -55,7 +55,7 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "growth 0.2": {"spread_growth": 0.2},
     "20 seeds": {"num_seeds": 20},
     "80 seeds": {"num_seeds": 80},
-    "30,000 rows": {"max_bank_rows": 30_000},
+    "30000 rows": {"max_bank_rows": 30_000},
     "squared distances": {"distance": "squared"},
     "contrast 0": {"image_contrast": 0.0},
     "contrast 1": {"image_contrast": 1.0},
@@ -65,7 +65,7 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "256 dimensions": {"level_dim": 256, "descriptor_dim": 256},
     "1024 dimensions": {"level_dim": 1024, "descriptor_dim": 1024},
     "a dimension per channel": {"level_dim": None, "descriptor_dim": 1024},
-    "taps 4, 7": {"taps": (4, 7)},
+    "taps 4 and 7": {"taps": (4, 7)},
     "position on": {"positional": "on"},
     "aligned": {"alignment": "rotation"},
 }
@@ -84,9 +84,9 @@ def variants() -> dict[str, inreach_jax.InReachConfig]:
     default, channels, official = presets["default"], presets["channels"], presets["official"]
     named = {name: presets[name] for name in ("default", "channels", "paper", "official")}
     for choice, changes in _CHOICES.items():
-        named[f"default, {choice}"] = default.replace(**changes)
+        named[f"default: {choice}"] = default.replace(**changes)
     for choice, changes in _CHANNEL_CHOICES.items():
-        named[f"channels, {choice}"] = channels.replace(**changes)
+        named[f"channels: {choice}"] = channels.replace(**changes)
     for quirk, options in _QUIRKS.items():
         named[f"channels + {quirk}"] = channels.replace(
             **{name: getattr(official, name) for name in options}

@@ -114,7 +114,7 @@ def _parse_list(name: str, value: list[str]) -> Any:
         raise ValueError(f"--{name} takes whole numbers; got {','.join(value)}") from error
     if name in ("resize", "crop") and len(numbers) == 1:
         return numbers * 2
-    if name == "level_dim" and len(numbers) == 1:
+    if get_type_hints(InReachConfig)[name] == int | None and len(numbers) == 1:
         return numbers[0]
     return numbers
 

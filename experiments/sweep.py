@@ -337,7 +337,7 @@ def _run_together(
     leave_out: bool,
     wanted: Set[str],
 ) -> Iterator[tuple[list[str], list[Result]]]:
-    """Fits and scores methods, those together that search the same rows.
+    """Fits and scores methods, those together that search the same rows, if any is wanted.
 
     The bounds search what a bank of all patches holds, and so share its distances, which are what
     a search costs.
@@ -345,8 +345,13 @@ def _run_together(
     by_bank: dict[inreach_jax.InReachConfig, list[str]] = {}
     for name, method in methods.items():
         if method.memory in ("bank", "full", "oracle"):
-            by_bank.setdefault(fit_options(method.config), []).append(name)
+            fitted = fit_options(method.config)
+            if method.memory != "bank":
+                fitted = fitted.replace(nominal="all")
+            by_bank.setdefault(fitted, []).append(name)
     for config, names in by_bank.items():
+        if wanted.isdisjoint(names):
+            continue
         print(f"{', '.join(names)}:")
         with PhaseTimer() as timer:
             try:
@@ -355,18 +360,20 @@ def _run_together(
                 yield names, [(str(error), None)] * len(names)
                 continue
             chosen = [methods[name] for name in names]
+            results: list[Result] = []
             if bank.span is None:
-                scored = inreach_jax.score_descriptor_set(
-                    bank, test, config=chosen[0].config, leave_out=leave_out, progress=timer
-                )
-                results: list[Result] = [(bank, _concatenate(list(scored)))]
+                for method in chosen:
+                    scored = inreach_jax.score_descriptor_set(
+                        bank, test, config=method.config, leave_out=leave_out, progress=timer
+                    )
+                    results.append((bank, _concatenate(list(scored))))
             else:
                 results = _score_together(
                     bank, chosen, test, good=good, leave_out=leave_out, progress=timer
                 )
         yield names, results
     for name, method in methods.items():
-        if method.memory in ("patchcore", "softpatch"):
+        if method.memory in ("patchcore", "softpatch") and name in wanted:
             print(f"{name}:")
             with PhaseTimer() as timer:
                 result = _run_peer(method, train, test, leave_out=leave_out, progress=timer)

@@ -40,7 +40,7 @@ def values(name: str) -> list[Any]:
     elif hint is bool:
         listed = [True, False]
     elif hint is float:
-        listed = [0.5, 3.0]
+        listed = [0.25, 1.0]
     elif name == "resize":
         listed = [(300, 280)]
     elif name == "crop":
@@ -118,6 +118,36 @@ def test_help_is_what_the_config_says(name: str) -> None:
     first_line = documented.partition("\n")[0]
     assert len(first_line) > 20
     assert first_line in text
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        ([], [0.0, 0.1, 0.4]),
+        (["--ratios=0.4,0,0.40,.25"], [0.0, 0.25, 0.4]),
+        (["--ratios=0.5"], [0.5]),
+    ],
+)
+def test_ratios_are_in_order(args: list[str], expected: list[float]) -> None:
+    parse(*args)
+    assert common_flags.ratios() == expected
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("", r"--ratios must be in \[0, 0.5\]; got \[\]"),
+        ("0,0.6", r"--ratios must be in \[0, 0.5\]; got \[0.0, 0.6\]"),
+        ("-0.1,0", r"--ratios must be in \[0, 0.5\]; got \[-0.1, 0.0\]"),
+        ("nan", r"--ratios must be in \[0, 0.5\]; got \[nan\]"),
+        ("0,40%", "--ratios takes numbers; got 0,40%"),
+        ("0,,0.1", "--ratios takes numbers; got 0,,0.1"),
+    ],
+)
+def test_ratios_out_of_range(value: str, message: str) -> None:
+    parse(f"--ratios={value}")
+    with pytest.raises(ValueError, match=message):
+        common_flags.ratios()
 
 
 def test_needed_flags() -> None:

@@ -39,6 +39,7 @@ MEASURES = {
     "pixel_ap",
     "pixel_f1_max",
     "aupro",
+    "aupro_005",
     "nominal_precision",
     "nominal_recall",
 }
@@ -275,6 +276,34 @@ def test_noise_and_its_manifest(
     assert f"1 problem(s):\n  {manifest.test[0].name}: changed" in error
 
 
+def test_with_overlap_what_is_trained_on_is_scored(
+    data_dir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_category(dataset: Any, **unused: Any) -> Any:
+        seen["dataset"] = dataset
+        return {**dict.fromkeys(MEASURES, 0.0), "seconds": {"total": 0.0}}
+
+    monkeypatch.setattr("experiments.runner.run_category", run_category)
+    trained = {}
+    for overlap, num_test in (("yes", NUM_TEST), ("no", NUM_TEST - 2)):
+        binary.succeeds(
+            mvtec,
+            *("--category=grass", f"--data_dir={data_dir}", f"--workdir={tmp_path}"),
+            *("--protocol=noise", "--ratio=0.4", "--max_ratio=0.4", "--max_train=5"),
+            f"--overlap={overlap}",
+        )
+        assert read_manifest(tmp_path / "manifest.json").overlap == (overlap == "yes")
+        dataset = seen["dataset"]
+        assert len(dataset.test) == num_test
+        odd = set(np.array(dataset.train.names)[dataset.train.anomalous])
+        assert len(odd) == 2
+        assert len(odd & set(dataset.test.names)) == (2 if overlap == "yes" else 0)
+        trained[overlap] = dataset.train.names
+    assert trained["yes"] == trained["no"]
+
+
 def test_the_manifest_says_what_was_run(
     data_dir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +346,8 @@ def _as_root() -> bool:
         ({"min_channel_length": "6"}, "never be longer than min_channel_length = 6"),
         ({"contaminate": "99"}, "num_contaminate must be in [0, 8], the number of test images"),
         ({"contaminate": "2", "protocol": "noise"}, "--contaminate is of --protocol=official; got"),
+        ({"protocol": "noise", "overlap": "both"}, "--overlap=both is two runs; give yes or no"),
+        ({"overlap": "yes"}, "overlap is an option of the protocol noise; got it with clean"),
         ({"ratio": "0.1"}, "ratio and num_train are options of the protocols noise and"),
         ({"protocol": "noise", "ratio": "0.6"}, "ratio must be in [0, max_ratio = 0.5]; got 0.6"),
         ({"protocol": "noise", "max_train": "7"}, "at least 7 good training images; brick has 6"),
@@ -324,8 +355,8 @@ def _as_root() -> bool:
         ({"manifest": "{tmp}/none.json"}, "No such file or directory"),
         ({"manifest": "{tmp}/file"}, "{tmp}/file: Expecting value"),
         (
-            {"manifest": "{tmp}/file", "seed": "0", "max_test": "1"},
-            "--manifest says it all; leave out --max_test, --seed",
+            {"manifest": "{tmp}/file", "seed": "0", "max_test": "1", "overlap": "yes"},
+            "--manifest says it all; leave out --max_test, --overlap, --seed",
         ),
     ],
     ids=str,
@@ -403,8 +434,8 @@ def test_as_a_program(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The command itself, with the backbone that comes along."""
     command = [
         *(sys.executable, "-m", "experiments.mvtec", f"--data_dir={data_dir}"),
-        *(f"--workdir={tmp_path}/out", "--resize=64", "--crop=64", "--num_seeds=2"),
-        *("--min_channel_length=2", "--max_train=4", "--max_test=2", "--batch_size=4", "--taps=2"),
+        *(f"--workdir={tmp_path}/out", "--resize=64", "--crop=64", "--num_seeds=3"),
+        *("--max_train=4", "--max_test=2", "--batch_size=4", "--taps=2"),
     ]
     good, bad = (
         subprocess.Popen(

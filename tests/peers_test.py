@@ -11,7 +11,6 @@ import pytest
 import sklearn.neighbors
 
 from experiments import peers
-from inreach_jax import metrics
 from inreach_jax.pipeline import DescriptorSet
 
 Array = np.ndarray[Any, Any]
@@ -110,32 +109,6 @@ def test_a_coreset_has_a_size(count: int) -> None:
         peers.greedy_coreset(jnp.zeros((7, 2)), count=count)
 
 
-def test_full_memory_holds_everything() -> None:
-    x = patches()
-    memory = peers.full_memory(descriptor_set(x))
-    expected = np.stack(np.indices((N, P)), -1).reshape(-1, 2)
-    np.testing.assert_array_equal(remembered(memory), expected)
-    rows = np.asarray(memory.bank.rows[: N * P]) + np.asarray(memory.bank.centre)
-    np.testing.assert_allclose(rows, x.reshape(-1, D), rtol=1e-6, atol=1e-6)
-    assert memory.neighbours == 0
-    assert (np.asarray(memory.weight) == 1).all()
-    assert (np.asarray(memory.bank.multiplicity[: N * P]) == 1).all()
-
-
-def test_oracle_memory_lacks_what_has_an_anomalous_pixel() -> None:
-    masks = np.zeros((N, 8, 10), np.uint8)  # blocks of 2 x 2 pixels
-    masks[3, 2:4, 4:6] = 255  # patch 7, all of it
-    masks[5, 1, 9] = 1  # a faint corner of patch 4
-    masks[10, 7, 0] = 200  # of patch 15
-    memory = peers.oracle_memory(descriptor_set(patches()), masks)
-    everything = {(n, p) for n in range(N) for p in range(P)}
-    left = {tuple(row) for row in remembered(memory).tolist()}
-    assert everything - left == {(3, 7), (5, 4), (10, 15)}
-    image, patch = remembered(memory).T
-    got = metrics.nominal_precision_recall(image, patch, masks, grid=GRID)
-    assert got == (1.0, 1.0)
-
-
 def test_patchcore_memory_is_the_coreset() -> None:
     x = patches()
     memory = peers.patchcore_memory(descriptor_set(x), ratio=0.3, projection_dim=None, seed=3)
@@ -145,6 +118,17 @@ def test_patchcore_memory_is_the_coreset() -> None:
     # The start is drawn: it is the one from which the plain selection gets these rows.
     assert any(sorted(slow_greedy(flat, count, start)) == rows for start in rows)
     assert memory.neighbours == 9
+
+
+def test_a_ratio_of_one_remembers_everything() -> None:
+    x = patches()
+    memory = peers.patchcore_memory(descriptor_set(x), ratio=1.0)
+    expected = np.stack(np.indices((N, P)), -1).reshape(-1, 2)
+    np.testing.assert_array_equal(remembered(memory), expected)
+    rows = np.asarray(memory.bank.rows[: N * P]) + np.asarray(memory.bank.centre)
+    np.testing.assert_allclose(rows, x.reshape(-1, D), rtol=1e-6, atol=1e-6)
+    assert (np.asarray(memory.weight) == 1).all()
+    assert (np.asarray(memory.bank.multiplicity[: N * P]) == 1).all()
 
 
 def test_the_seed_draws_the_projection_and_the_start() -> None:
@@ -254,9 +238,7 @@ def test_softpatch_drops_and_weighs_by_outlier_factors() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, N])
-@pytest.mark.parametrize(
-    "make", [peers.full_memory, peers.patchcore_memory, peers.softpatch_memory]
-)
+@pytest.mark.parametrize("make", [peers.patchcore_memory, peers.softpatch_memory])
 def test_blocks_and_their_padding_do_not_matter(make: Any, size: int) -> None:
     x = patches()
     memory, other = make(descriptor_set(x)), make(descriptor_set(x, size=size))
@@ -294,11 +276,7 @@ def test_what_cannot_be_is_named() -> None:
     for neighbours in (0, N):
         with pytest.raises(ValueError, match=f"neighbours must be.*{N}; got {neighbours}"):
             peers.softpatch_memory(data, lof_neighbours=neighbours)
-    with pytest.raises(ValueError, match=f"masks must be those of the {N} images; got 2"):
-        peers.oracle_memory(data, np.zeros((2, 8, 10), np.uint8))
-    with pytest.raises(ValueError, match="masks leave no patch good"):
-        peers.oracle_memory(data, np.ones((N, 8, 10), np.uint8))
-    memory = peers.full_memory(data)
+    memory = peers.patchcore_memory(data)
     with pytest.raises(ValueError, match=r"descriptors must be \[B, P, 6\].*\(2, 20, 5\)"):
         peers.score(memory, jnp.zeros((2, P, D - 1)))
     with pytest.raises(ValueError, match=r"exclude must have one entry per image, \(2,\)"):

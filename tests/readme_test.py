@@ -45,7 +45,14 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_flags_exist() -> None:
     from absl import flags
 
-    from experiments import ablation, benchmark, mvtec, parity  # noqa: F401
+    from experiments import (  # noqa: F401
+        ablation,
+        benchmark,
+        contamination,
+        mvtec,
+        parity,
+        prepare,
+    )
 
     for flag in re.findall(r"--(\w+)", TEXT):
         if flag != "helpfull":
