@@ -35,7 +35,7 @@ def append_rows(
     return rows, count + jnp.sum(nominal, dtype=jnp.int32)
 
 
-def thin(num_images: int, num_patches: int, *, max_rows: int | None) -> np.ndarray:
+def thin(*, num_images: int, num_patches: int, max_rows: int | None) -> np.ndarray:
     """Which patches to keep where all are nominal and there are too many.
 
     Every image keeps equally many, at places drawn for each: drawn by a fixed seed, so that equal

@@ -130,11 +130,11 @@ def restore_bank(
             "fit again"
         )
     count = len(arrays["rows"])
-    per_image = int(manifest["per_image"])
-    if ("span" in arrays) != (per_image > 0) or (per_image and count % per_image):
+    per_image = count // len(np.unique(arrays["image"])) if "span" in arrays else 0
+    if manifest["per_image"] != per_image:
         raise ValueError(
-            f"the bank at {path} is damaged: {count} rows do not make images of {per_image}. "
-            "Restore a copy or fit again"
+            f"the bank at {path} is damaged: its images have {per_image} rows each, and not "
+            f"{manifest['per_image']}. Restore a copy or fit again"
         )
     padding = 0 if per_image else bank_capacity(count) - count
     for name in _PER_ROW:

@@ -77,7 +77,7 @@ class InReachConfig:
     position_weight: float = 5.0
     nominal: Literal["channels", "all"] = "all"
     spread_growth: float = 0.1
-    max_bank_rows: int | None = 200_000
+    max_bank_rows: int | None = 120_000
     num_seeds: int = 40
     pairs: Literal["all", "earlier"] = "all"
     veto: bool = False

@@ -298,7 +298,7 @@ def _fit_all(
 ) -> NominalBank:
     """The bank of all patches, and the span that the seeds show to be asked for."""
     num_images, size = descriptors.num_images, descriptors.blocks[0].shape[0]
-    seed_index = support.spread_seeds(num_images, num_seeds=config.num_seeds)
+    seed_index = support.spread_seeds(num_images=num_images, num_seeds=config.num_seeds)
     of_seeds = descriptors.select(seed_index)
     seeds = of_seeds.first(len(seed_index))
     spreads = []
@@ -308,8 +308,10 @@ def _fit_all(
         spreads.append(_seed_distances(seeds, block, seed_index, index)[:num])
         progress("association", images.stop, len(seed_index))
     growth = float(_growth_exponent(jnp.concatenate(spreads)))
-    span = support.choose_span(growth, tolerance=config.spread_growth, num_images=num_images)
-    kept = bank_lib.thin(num_images, seeds.shape[1], max_rows=config.max_bank_rows)
+    span = support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=num_images)
+    kept = bank_lib.thin(
+        num_images=num_images, num_patches=seeds.shape[1], max_rows=config.max_bank_rows
+    )
     return _collect(descriptors, kept.astype(np.int32), span=span, progress=progress)
 
 

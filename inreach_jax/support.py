@@ -38,7 +38,7 @@ HARD_SHARE = 0.1
 """Growth is measured on this share of the patches, the worst supported: they make image scores."""
 
 
-def spread_seeds(num_images: int, *, num_seeds: int) -> np.ndarray:
+def spread_seeds(*, num_images: int, num_seeds: int) -> np.ndarray:
     """Which images are seeds: evenly spread over the set, as its order may mean something.
 
     Args:
@@ -122,7 +122,7 @@ def growth_exponent(sq_distance: jax.Array) -> jax.Array:
     return growth / np.log(span).astype(np.float32)
 
 
-def choose_span(growth: float, *, tolerance: float, num_images: int) -> int:
+def choose_span(*, growth: float, tolerance: float, num_images: int) -> int:
     """The largest span whose spread is within a tolerance of the tightest one.
 
     Args:

@@ -82,9 +82,7 @@ class NominalBank:
     count: jax.Array  # [] int32, rows in use
     span: jax.Array | None = None  # [] int32, realizations that must share a patch; None: any row
     reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are
-    per_image: int = _static(
-        0
-    )  # [] int32, static: rows of each image where there is a span, else 0
+    per_image: int = _static(0)  # [] int32, static: rows of each image where there is a span
 
 
 @jax.tree_util.register_dataclass
