@@ -78,3 +78,79 @@ def test_make_bank(padding: int) -> None:
         assert not np.asarray(field[num:]).any()
     dtypes = {x.dtype for x in (bank.image, bank.patch, bank.multiplicity, bank.count)}
     assert dtypes == {np.dtype(np.int32)}
+
+
+def test_bank_of_all_patches() -> None:
+    x, _ = _case()
+    kept = np.zeros(x.shape[:2], np.int32)
+    for i in range(6):  # equally many, at other places
+        kept[i, [i % 7, (i + 3) % 7]] = 1
+    rows = jnp.asarray(x[kept > 0])
+    bank = bank_lib.make_bank(rows, multiplicity=kept, span=2)
+    assert bank.span is not None
+    assert bank.span.shape == ()
+    assert bank.span.dtype == jnp.int32
+    assert int(bank.span) == 2
+    assert bank.per_image == 2
+    assert int(bank.count) == len(bank.rows) == 12  # no padding
+    np.testing.assert_array_equal(bank.image.reshape(6, 2), np.arange(6)[:, None].repeat(2, 1))
+    stored = x[np.asarray(bank.image), np.asarray(bank.patch)]
+    np.testing.assert_array_equal(stored, rows)
+    np.testing.assert_allclose(bank.rows + bank.centre[None], rows, rtol=1e-6)
+    # All else is as without a span.
+    without = bank_lib.make_bank(rows, multiplicity=kept)
+    assert without.span is None
+    assert without.per_image == 0
+    for name in ("rows", "centre", "image", "patch", "multiplicity", "count"):
+        np.testing.assert_array_equal(getattr(bank, name), getattr(without, name))
+
+
+def test_rows_per_image_are_part_of_the_structure() -> None:
+    # Whatever takes a bank is compiled for them, and no transformation sees them.
+    x, _ = _case()
+    rows, everything = jnp.asarray(x.reshape(42, 3)), np.ones((6, 7), np.int32)
+    bank = bank_lib.make_bank(rows, multiplicity=everything, span=1)
+    leaves, structure = jax.tree.flatten(bank)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert jax.tree.unflatten(structure, leaves).per_image == 7
+    assert structure != jax.tree.structure(bank_lib.make_bank(rows, multiplicity=everything))
+    other = bank_lib.make_bank(rows, multiplicity=everything, span=3)
+    assert structure == jax.tree.structure(other)
+
+
+# Too many patches.
+
+
+@pytest.mark.parametrize(
+    "num_images, num_patches, max_rows, per_image",
+    [(7, 64, 447, 63), (7, 64, 100, 14), (7, 64, 7, 1), (7, 64, 6, 1), (7, 64, 1, 1),
+     (1, 9, 4, 4), (5, 1, 3, 1), (30, 11, 329, 10)],
+)  # fmt: skip
+def test_every_image_keeps_equally_many(
+    num_images: int, num_patches: int, max_rows: int, per_image: int
+) -> None:
+    size: Any = {"num_images": num_images, "num_patches": num_patches, "max_rows": max_rows}
+    kept = bank_lib.thin(**size)
+    assert kept.shape == (num_images, num_patches)
+    assert kept.dtype == bool
+    np.testing.assert_array_equal(kept.sum(axis=1), [per_image] * num_images)
+    assert kept.sum() <= max(max_rows, num_images)
+    np.testing.assert_array_equal(kept, bank_lib.thin(**size))  # equal sets have equal banks
+
+
+@pytest.mark.parametrize("max_rows", [None, 20, 21, 10**12])
+def test_few_patches_are_all_kept(max_rows: int | None) -> None:
+    kept = bank_lib.thin(num_images=4, num_patches=5, max_rows=max_rows)
+    assert kept.shape == (4, 5)
+    assert kept.dtype == bool
+    assert kept.all()
+
+
+def test_places_are_drawn_for_each_image() -> None:
+    kept = bank_lib.thin(num_images=400, num_patches=30, max_rows=400 * 10)
+    assert len({row.tobytes() for row in kept}) > 390
+    of_place = kept.sum(axis=0)  # about 133 each
+    assert 90 < of_place.min() <= of_place.max() < 180
+    # A lower limit keeps some of the same.
+    fewer = bank_lib.thin(num_images=400, num_patches=30, max_rows=400 * 4)
+    assert not (fewer & ~kept).any()

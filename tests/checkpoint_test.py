@@ -53,6 +53,19 @@ def make_bank(count: int = COUNT, dim: int = DIM, seed: int = 0, **changes: Any)
     return dataclasses.replace(bank, **changes)
 
 
+def make_span_bank(num_images: int = 9, per_image: int = 4, span: int = 2) -> NominalBank:
+    """As `fit` makes it of all patches: equally many rows of every image, and no padding."""
+    count = num_images * per_image
+    padded = make_bank(count)
+    return dataclasses.replace(
+        jax.tree.map(lambda x: x[:count] if x.ndim and len(x) >= count else x, padded),
+        image=jnp.arange(num_images, dtype=jnp.int32).repeat(per_image),
+        multiplicity=jnp.ones(count, jnp.int32),
+        span=jnp.asarray(span, jnp.int32),
+        per_image=per_image,
+    )
+
+
 def bits(bank: NominalBank) -> dict[str, bytes]:
     return {
         field.name: np.asarray(getattr(bank, field.name)).tobytes()
@@ -113,6 +126,29 @@ def test_round_trip_is_exact(count: int, tmp_path: pathlib.Path, backbone: Backb
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored))
 
 
+@pytest.mark.parametrize("num_images, per_image", [(3, 1), (9, 4), (300, 7)])
+def test_span_is_kept(
+    num_images: int, per_image: int, tmp_path: pathlib.Path, backbone: Backbone
+) -> None:
+    bank = make_span_bank(num_images, per_image)
+    config = inreach_jax.PRESETS["default"]
+    inreach_jax.save_bank(tmp_path, bank, backbone=backbone, config=config)
+    restored, restored_config = inreach_jax.restore_bank(tmp_path, backbone=backbone)
+    assert restored_config == config
+    assert type(restored.per_image) is int
+    assert restored.per_image == per_image
+    assert jax.tree.structure(restored) == jax.tree.structure(bank)
+    assert shapes(restored) == shapes(bank)  # not padded
+    assert bits(restored) == bits(bank)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored))
+
+
+def test_banks_without_a_span_have_none(saved: pathlib.Path, backbone: Backbone) -> None:
+    restored, _ = inreach_jax.restore_bank(saved, backbone=backbone)
+    assert restored.span is restored.reference is None
+    assert restored.per_image == 0
+
+
 def test_reference_of_the_alignment_is_kept(tmp_path: pathlib.Path, backbone: Backbone) -> None:
     reference = jnp.asarray(tiny.images(1)[0].astype(np.float32) / 7)
     bank = make_bank(reference=reference)
@@ -151,10 +187,15 @@ def test_any_placement(tmp_path: pathlib.Path, bank: NominalBank, backbone: Back
         assert bits(inreach_jax.restore_bank(tmp_path, backbone=backbone)[0]) == bits(bank)
 
 
-def test_fitted_bank_scores_the_same(tmp_path: pathlib.Path, backbone: Backbone) -> None:
+@pytest.mark.parametrize("nominal", ["channels", "all"])
+def test_fitted_bank_scores_the_same(
+    nominal: Any, tmp_path: pathlib.Path, backbone: Backbone
+) -> None:
     train = tiny.images(7)
-    bank = inreach_jax.fit(backbone, train, config=tiny.CONFIG, batch_size=tiny.BATCH)
-    inreach_jax.save_bank(tmp_path, bank, backbone=backbone, config=tiny.CONFIG)
+    config = tiny.CONFIG.replace(nominal=nominal)
+    bank = inreach_jax.fit(backbone, train, config=config, batch_size=tiny.BATCH)
+    assert (bank.span is None) == (nominal == "channels")
+    inreach_jax.save_bank(tmp_path, bank, backbone=backbone, config=config)
     restored, config = inreach_jax.restore_bank(tmp_path, backbone=backbone)
     assert bits(restored) == bits(bank)
     assert jax.tree.structure(restored) == jax.tree.structure(bank)
@@ -290,10 +331,10 @@ def test_another_backbone_is_refused(saved: pathlib.Path, backbone: Backbone) ->
         inreach_jax.restore_bank(saved, backbone=other)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_is_refused(version: Any, saved: pathlib.Path, backbone: Backbone) -> None:
     edit(saved / "0", lambda manifest: manifest.update(format_version=version))
-    with pytest.raises(ValueError, match=f"has bank format {version}; this version reads 1"):
+    with pytest.raises(ValueError, match=f"has bank format {version}; this version reads 2. Fit"):
         inreach_jax.restore_bank(saved, backbone=backbone)
 
 
@@ -333,9 +374,15 @@ def _swap_rows_and_columns(manifest: Any) -> None:
         lambda m: m["arrays"].pop("centre"),
         lambda m: m["arrays"]["rows"].update(dtype="float64"),
         lambda m: m["arrays"]["rows"].update(shape=[COUNT - 1, DIM]),
+        lambda m: m["arrays"].update(span={"shape": [], "dtype": "int32"}),
+        lambda m: m.pop("per_image"),
+        lambda m: m.update(per_image=1),
+        lambda m: m.update(per_image=-1),
+        lambda m: m.update(per_image=None),
+        lambda m: m.update(per_image="four"),
         _swap_rows_and_columns,
     ],
-    ids=range(12),
+    ids=range(18),
 )
 def test_changed_manifests_are_refused(
     change: Any, saved: pathlib.Path, backbone: Backbone
@@ -343,6 +390,17 @@ def test_changed_manifests_are_refused(
     edit(saved / "0", change)
     with pytest.raises(ValueError, match=re.escape(str(saved / "0"))):
         inreach_jax.restore_bank(saved, backbone=backbone)
+
+
+@pytest.mark.parametrize("per_image", [0, 2, 3, 5, 12, 36, 72, -4, None, [4], "four"])
+def test_other_numbers_of_rows_per_image_are_refused(
+    per_image: Any, tmp_path: pathlib.Path, backbone: Backbone
+) -> None:
+    bank = make_span_bank(9, 4)
+    step = inreach_jax.save_bank(tmp_path, bank, backbone=backbone, config=tiny.CONFIG)
+    edit(step, lambda manifest: manifest.update(per_image=per_image))
+    with pytest.raises(ValueError, match=re.escape(str(step))):
+        inreach_jax.restore_bank(tmp_path, backbone=backbone)
 
 
 def damaged(content: bytes) -> Iterator[bytes | None]:

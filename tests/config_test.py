@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from inreach_jax.config import PRESETS, InReachConfig
+from inreach_jax.config import FEATURE_OPTIONS, PRESETS, InReachConfig
 
 _HINTS = get_type_hints(InReachConfig)
 
@@ -26,6 +26,7 @@ def _wrong_values(name: str) -> list[Any]:
     if hint is bool:
         return [*wrong, 0, 1, "yes"]
     if hint is float:
+        wrong += [1.01, 2] if name == "image_contrast" else []
         return [*wrong, -1, -1e-9, math.nan, math.inf, "4", True, (1.0,)]
     if name == "taps":
         return [*wrong, (), (-1, 2), (2, 1), (1, 1), (0.5,), (True,), 3, "123"]
@@ -56,12 +57,17 @@ def test_limits_themselves_are_allowed() -> None:
         level_dim=1,
         descriptor_dim=1,
         position_weight=0.0,
+        spread_growth=1e-9,
+        max_bank_rows=1,
         num_seeds=1,
         min_channel_length=1,
         max_channel_std=0.0,
+        image_contrast=0.0,
         smoothing_sigma=0.0,
         mask_threshold=255,
     )
+    assert config.replace(image_contrast=1).image_contrast == 1.0
+    assert config.replace(max_bank_rows=None).max_bank_rows is None
     assert config.mask_threshold == 255
     assert config.replace(mask_threshold=1).mask_threshold == 1
 
@@ -76,6 +82,14 @@ def test_crop_fits_into_the_resized_image(crop: tuple[int, int]) -> None:
 def test_a_filter_that_drops_everything_is_refused(radius_filter: Any) -> None:
     with pytest.raises(ValueError, match="max_channel_std"):
         InReachConfig(radius_filter=radius_filter, max_channel_std=0)
+
+
+def test_spread_must_be_allowed_to_grow() -> None:
+    for value in (0, 0.0):
+        with pytest.raises(ValueError, match="^spread_growth must be above 0"):
+            InReachConfig(spread_growth=value)
+        with pytest.raises(ValueError, match="^spread_growth must be above 0"):
+            PRESETS["paper"].replace(spread_growth=value)
 
 
 def test_every_option_is_documented() -> None:
@@ -116,7 +130,7 @@ def test_names_must_be_those_of_this_version() -> None:
 def test_replace_leaves_the_original() -> None:
     config = InReachConfig()
     changed = config.replace(num_seeds=3)
-    assert (config.num_seeds, changed.num_seeds) == (10, 3)
+    assert (config.num_seeds, changed.num_seeds) == (40, 3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.num_seeds = 3  # type: ignore[misc]
 
@@ -136,14 +150,25 @@ def test_equal_options_share_a_compilation() -> None:
     assert len(traces) == 2
 
 
+def test_options_of_descriptors_are_the_first_ones() -> None:
+    names = [field.name for field in dataclasses.fields(InReachConfig)]
+    assert list(FEATURE_OPTIONS) == names[: names.index("position_weight") + 1]
+
+
 def _difference(a: InReachConfig, b: InReachConfig) -> dict[str, Any]:
     return {k: v for k, v in b.to_dict().items() if a.to_dict()[k] != v}
 
 
 def test_presets_differ_by_these_options_only() -> None:
-    assert set(PRESETS) == {"default", "paper", "official"}
-    assert PRESETS["default"] == InReachConfig()
-    assert _difference(PRESETS["default"], PRESETS["paper"]) == {
+    assert set(PRESETS) == {"default", "robust", "channels", "paper", "official"}
+    assert PRESETS["default"] == PRESETS["robust"] == InReachConfig()
+    assert _difference(PRESETS["default"], PRESETS["channels"]) == {
+        "nominal": "channels",
+        "num_seeds": 10,
+        "distance": "squared",
+        "image_contrast": 0.0,
+    }
+    assert _difference(PRESETS["channels"], PRESETS["paper"]) == {
         "antialias": False,
         "level_dim": 1024,
         "descriptor_dim": 1024,

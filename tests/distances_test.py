@@ -17,6 +17,7 @@ from tests import oracle
 Array = np.ndarray[Any, Any]
 
 _nearest = jax.jit(distances.nearest, static_argnames=("tile", "precision"))
+_nearest_each = jax.jit(distances.nearest_each, static_argnames=("tile", "precision"))
 _mutual_nearest = jax.jit(distances.mutual_nearest, static_argnames=("tile", "precision"))
 
 
@@ -260,6 +261,131 @@ def test_mutual_search_within_shards(split_first: bool) -> None:
         there, back = oracle.nearest(*pair)[0], oracle.nearest(*pair[::-1])[0]
         np.testing.assert_array_equal(nearest_b[i * num_a : (i + 1) * num_a], there)
         np.testing.assert_array_equal(nearest_a[i * num_b : (i + 1) * num_b], back)
+
+
+# Each of several groups.
+
+
+@pytest.mark.parametrize("num_groups, num_rows", [(1, 1), (1, 30), (9, 1), (5, 23)])
+def test_each_group_equals_the_oracle(num_groups: int, num_rows: int) -> None:
+    queries, groups = _random(17, 6), _random(num_groups, num_rows, 6, seed=1) + 0.5
+    for centre in (None, groups.mean(axis=(0, 1))):
+        value, index = _nearest_each(queries, groups, centre=centre, tile=8)
+        assert value.shape == index.shape == (num_groups, 17)
+        assert value.dtype == jnp.float32
+        assert index.dtype == jnp.int32
+        for n in range(num_groups):
+            expected_index, expected = oracle.nearest(queries, groups[n])
+            np.testing.assert_array_equal(index[n], expected_index)
+            np.testing.assert_allclose(value[n], expected, rtol=1e-5)
+
+
+def test_each_group_is_searched_as_if_alone() -> None:
+    queries, groups = _random(17, 6), _random(5, 23, 6, seed=1)
+    groups[1, 4:9] = groups[1, 3]  # ties
+    queries[:5] = groups[1, 5]
+    valid = np.random.default_rng(0).random((5, 23)) < 0.7
+    valid[2] = False
+    options: Any = {"centre": groups.mean(axis=(0, 1)), "tile": 23}
+    value, index = _nearest_each(queries, groups, valid=valid, **options)
+    for n in range(5):
+        alone = _nearest(queries, groups[n], valid=valid[n], **options)
+        np.testing.assert_array_equal(value[n], alone[0])
+        np.testing.assert_array_equal(index[n], alone[1])
+    np.testing.assert_array_equal(value[2], np.full(17, np.inf))
+    np.testing.assert_array_equal(index[2], np.zeros(17))
+    for tile in (1, 7, 200):
+        actual = _nearest_each(queries, groups, valid=valid, **{**options, "tile": tile})
+        jax.tree.map(np.testing.assert_array_equal, actual, (value, index))
+
+
+def test_nan_stays_in_its_group_and_query() -> None:
+    queries, groups = _random(6, 5), _random(4, 7, 5, seed=1)
+    queries[2, 0] = np.nan
+    groups[1, 3, 0] = np.nan
+    value, _ = _nearest_each(queries, groups, tile=4)
+    expected = np.zeros((4, 6), bool)
+    expected[:, 2] = expected[1] = True
+    np.testing.assert_array_equal(np.isnan(value), expected)
+    usable = np.ones((4, 7), bool)
+    usable[1, 3] = False
+    value, _ = _nearest_each(queries, groups, valid=usable, tile=4)
+    np.testing.assert_array_equal(np.isnan(value), np.arange(6)[None] == [[2]] * 4)
+
+
+def test_gradient_of_each_group() -> None:
+    queries, groups = _random(7, 4), _random(3, 10, 4, seed=1)
+    valid = np.ones((3, 10), bool)
+    valid[1] = False
+    weight = _random(3, 7, seed=2)
+
+    def total(queries: jax.Array, groups: jax.Array) -> jax.Array:
+        value, _ = distances.nearest_each(queries, groups, valid=jnp.asarray(valid), tile=4)
+        return jnp.sum(weight * jnp.where(jnp.isfinite(value), value, 0))
+
+    of_queries, of_groups = jax.jit(jax.grad(total, argnums=(0, 1)))(queries, groups)
+    expected_queries, expected_groups = np.zeros_like(queries), np.zeros_like(groups)
+    for n in (0, 2):
+        index, _ = oracle.nearest(queries, groups[n])
+        difference = 2 * weight[n][:, None] * (queries - groups[n][index])
+        expected_queries += difference
+        np.add.at(expected_groups[n], index, -difference)
+    np.testing.assert_allclose(of_queries, expected_queries, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_groups, expected_groups, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_over_queries_and_groups() -> None:
+    queries, groups = _random(3, 6, 4), _random(3, 2, 11, 4, seed=1)
+    for axes in ((0, None), (None, 0), (0, 0)):
+        args = [x if axis == 0 else x[0] for x, axis in zip((queries, groups), axes, strict=True)]
+        mapped = jax.vmap(functools.partial(distances.nearest_each, tile=4), in_axes=axes)
+        value, index = jax.jit(mapped)(*args)
+        for i in range(3):
+            one = [x[i] if axis == 0 else x for x, axis in zip(args, axes, strict=True)]
+            expected_value, expected_index = _nearest_each(*one, tile=4)
+            np.testing.assert_allclose(value[i], expected_value, rtol=1e-6)
+            np.testing.assert_array_equal(index[i], expected_index)
+
+
+@pytest.mark.parametrize("over", ["queries", "groups"])
+def test_groups_within_shards(over: str) -> None:
+    queries, groups = _random(16, 5), _random(8, 9, 5, seed=1)
+    valid = np.random.default_rng(0).random((8, 9)) < 0.7
+
+    def search(q: Any, g: Any, v: Any) -> Any:
+        return distances.nearest_each(q, g, valid=v, tile=4)
+
+    whole, split = PartitionSpec(), PartitionSpec("x")
+    if over == "queries":
+        specs, out = (split, whole, whole), PartitionSpec(None, "x")
+    else:
+        specs, out = (whole, split, split), split
+    value, index = _sharded(search, specs, out)(queries, groups, valid)
+    expected_value, expected_index = _nearest_each(queries, groups, valid=valid, tile=4)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    np.testing.assert_array_equal(index, expected_index)
+
+
+def test_groups_of_long_vectors_that_are_close_together() -> None:
+    queries, rows, _, _ = _far_and_close()
+    value, index = _nearest_each(queries, rows.reshape(6, 50, -1), centre=rows.mean(axis=0))
+    expected = [oracle.nearest(queries, group) for group in rows.reshape(6, 50, -1)]
+    agree = np.asarray(index) == np.stack([i for i, _ in expected])
+    assert agree.mean() >= 0.99
+    np.testing.assert_allclose(value, np.stack([v for _, v in expected]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3), (3, 0, 4), (2, 3, 5)])
+def test_shapes_of_groups_are_checked(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^rows must be|^queries and rows must have the same D"):
+        distances.nearest_each(jnp.zeros((3, 4)), jnp.zeros(shape))
+    with pytest.raises(ValueError, match=r"^valid must have shape \(5,\)"):
+        distances.nearest_each(
+            jnp.zeros((3, 4)), jnp.zeros((2, 5, 4)), valid=jnp.ones((2, 4), bool)
+        )
+
+
+# Mutual neighbours.
 
 
 @pytest.mark.parametrize("num_a, num_b, dim", [(1, 1, 2), (1, 9, 3), (50, 37, 8), (40, 40, 1)])

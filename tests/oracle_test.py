@@ -290,6 +290,91 @@ def test_nominal_precision_and_recall() -> None:
     )
 
 
+# Support
+
+
+def test_seeds_are_sorted_by_their_nearest_patches() -> None:
+    x = _rng().standard_normal((5, 6, 3))
+    distance = oracle.seed_distances(x, seeds=[4, 0, 2], images=[1, 2])
+    assert distance.shape == (2, 6, 3)
+    for b, image in enumerate([1, 2]):
+        expected = [
+            np.full(6, np.inf) if seed == image else scipy.spatial.distance.cdist(x[image], x[seed])
+            .min(axis=1)
+            for seed in (0, 2, 4)
+        ]  # fmt: skip
+        np.testing.assert_allclose(distance[b], np.sort(expected, axis=0).T, rtol=1e-12)
+    assert np.isinf(distance[1]).sum() == 6
+
+
+def test_growth_of_ladders_that_grow_by_a_power() -> None:
+    def ladders(first: Array, exponent: Array) -> Array:
+        steps = np.arange(1.0, 12) ** exponent[..., None]
+        other = first[..., None] * steps
+        return np.concatenate([other, np.full((*first.shape, 1), np.inf)], axis=-1)
+
+    first = _rng().uniform(1, 2, (12, 10))
+    np.testing.assert_allclose(
+        oracle.growth_exponent(ladders(first, np.full(first.shape, 0.3))), 0.3, rtol=1e-12
+    )
+    # Only the worst tenth counts, and copies do not.
+    worst = np.argsort(first.ravel())[-12:]
+    exponent = np.zeros(first.size)
+    exponent[worst] = np.arange(12)
+    np.testing.assert_allclose(
+        oracle.growth_exponent(ladders(first, exponent.reshape(first.shape))), 5.5, rtol=1e-12
+    )
+    assert oracle.growth_exponent(np.zeros((12, 10, 12))) == 0
+
+
+def test_span_by_hand() -> None:
+    # Of 23 images at most 5 are asked for. With g = 1/2 the spread grows by sqrt(k) - 1.
+    spans = [oracle.choose_span(0.5, tolerance=t, num_images=23) for t in (0.1, 0.42, 0.74, 1, 9)]
+    assert spans == [1, 2, 3, 4, 5]
+    assert oracle.choose_span(0.0, tolerance=0.1, num_images=23) == 5
+    assert oracle.choose_span(0.0, tolerance=0.1, num_images=3) == 1
+    x = _rng().standard_normal((13, 7, 3))
+    assert [oracle.span(x, seeds=range(5), tolerance=t) for t in (1e-9, 1e9)] == [1, 3]
+
+
+def test_last_image_of_a_channel() -> None:
+    # The second is nearest, the first next, and the last two are equally far.
+    distance = [2.0, 1.0, 4.0, 4.0]
+    assert [oracle.spread_at(distance, span=k) for k in (1, 2, 3, 4)] == [1, 0, 2, 3]
+    distance[1] = 0.66  # the same realization
+    assert [oracle.spread_at(distance, span=k) for k in (1, 2, 3)] == [0, 2, 3]
+    distance[1] = 0.67
+    assert oracle.spread_at(distance, span=1) == 1
+    assert oracle.spread_at([0.0, 0.0, 1.0], span=1) == 0
+    assert oracle.spread_at([1.0, np.inf], span=1) == 1
+
+
+def test_score_is_the_distance_to_the_last_image() -> None:
+    rng = _rng()
+    test, rows = rng.standard_normal((2, 6, 3)), rng.standard_normal((5, 4, 3))
+    rows[3, 2] = test[0, 1]  # a patch that a training image shows
+    distance = np.array(
+        [
+            [scipy.spatial.distance.cdist(t, r, "sqeuclidean").min(axis=1) for r in rows]
+            for t in test
+        ]
+    )  # [T, N, P]
+    ladders = np.sort(distance, axis=1)
+    same = ladders[:, 0] < ladders[:, 1] / 9
+    assert same[0, 1]
+    index, value = oracle.score_by_images(test, rows, span=2)
+    np.testing.assert_allclose(value, np.where(same, ladders[:, 2], ladders[:, 1]), rtol=1e-12)
+    reached = ((test - rows.reshape(-1, 3)[index]) ** 2).sum(axis=-1)
+    np.testing.assert_allclose(reached, value, rtol=1e-12)
+
+    index, value = oracle.score_by_images(test, rows, span=1, leave_out=[3, None])
+    without, expected = oracle.score_by_images(test, rows[[0, 1, 2, 4]], span=1)
+    np.testing.assert_array_equal(value[0], expected[0])
+    np.testing.assert_array_equal(index[0], np.where(without >= 12, without + 4, without)[0])
+    _, expected = oracle.score_by_images(test, rows, span=1)
+    np.testing.assert_array_equal(value[1], expected[1])
+
+
 # Scores and maps
 
 

@@ -43,6 +43,13 @@ CONFIGS = {
         smoothing_sigma=2.0,
     ),
 }
+# Every patch is in the bank, and several images must share what is scored.
+ALL = PRESETS["default"].replace(
+    **{k: v for k, v in tiny.CONFIG.to_dict().items() if k in ("resize", "crop", "level_dim")},
+    num_seeds=5,
+    smoothing_sigma=2.0,
+)
+NUM_ALL = 13
 NUM_TRAIN = 7
 BATCH = tiny.BATCH
 assert NUM_TRAIN % BATCH  # so that the last block is padded
@@ -626,11 +633,19 @@ def test_shards(
 def test_export_with_a_symbolic_batch(
     score: Any, backbone: Backbone, bank: NominalBank, scores: Scores, unseen: np.ndarray
 ) -> None:
+    check_export(score, backbone, bank, unseen, scores)
+
+
+def check_export(
+    score: Any, backbone: Backbone, bank: NominalBank, images: np.ndarray, scores: Scores
+) -> None:
     fields = {f.name: getattr(bank, f.name) for f in dataclasses.fields(bank)}
+    per_image = fields.pop("per_image")
 
     @jax.jit
     def plain(variables: Any, fields: dict[str, jax.Array], images: jax.Array) -> Any:
-        return dataclasses.asdict(score(variables, NominalBank(**fields), images))
+        bank = NominalBank(**fields, per_image=per_image)
+        return dataclasses.asdict(score(variables, bank, images))
 
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (backbone.variables, fields)
@@ -638,8 +653,361 @@ def test_export_with_a_symbolic_batch(
     shape = jax.export.symbolic_shape(f"b, {tiny.SIDE}, {tiny.SIDE}, 3")
     exported = jax.export.export(plain)(*abstract, jax.ShapeDtypeStruct(shape, jnp.uint8))
     for num in (1, 4):
-        actual = Scores(**exported.call(backbone.variables, fields, unseen[:num]))
+        actual = Scores(**exported.call(backbone.variables, fields, images[:num]))
         assert_close(actual, jax.tree.map(lambda x: x[:num], scores))  # noqa: B023
+
+
+# Banks of all patches.
+
+
+@pytest.fixture(scope="module")
+def all_train() -> np.ndarray:
+    return tiny.images(NUM_ALL)
+
+
+@pytest.fixture(scope="module")
+def all_described(backbone: Backbone, all_train: np.ndarray) -> inreach_jax.DescriptorSet:
+    return inreach_jax.extract(backbone, all_train, config=ALL, batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def all_bank(all_described: inreach_jax.DescriptorSet) -> NominalBank:
+    return inreach_jax.fit_descriptors(all_described, config=ALL)
+
+
+@pytest.fixture(scope="module")
+def all_scores(backbone: Backbone, all_bank: NominalBank, unseen: np.ndarray) -> Scores:
+    return score_all(backbone, all_bank, unseen, config=ALL)
+
+
+@pytest.fixture(scope="module")
+def all_score() -> Any:
+    return inreach_jax.make_score_fn(tiny.backbone(), ALL)
+
+
+def expected_scores(value: np.ndarray, config: InReachConfig) -> Scores:
+    """By definition, from squared distances [T, P]."""
+    patches = (np.sqrt(value) if config.distance == "euclidean" else value).reshape(-1, 8, 8)
+    maps = np.stack(
+        [
+            oracle.smooth_map(
+                p, config.crop, sigma=config.smoothing_sigma, upsampling=config.upsampling
+            )
+            for p in patches
+        ]
+    )
+    image = maps.max(axis=(1, 2)) - config.image_contrast * maps.mean(axis=(1, 2))
+    arrays: Any = {"image": image, "maps": maps, "patches": patches}
+    return Scores(**arrays, nearest=np.zeros(patches.shape, np.int32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes, span",
+    [({}, 1), ({"spread_growth": 9}, 3), ({"spread_growth": 9, "num_seeds": 40}, 3),
+     ({"spread_growth": 0.2, "image_contrast": 0.0, "distance": "squared"}, None)],
+)  # fmt: skip
+def test_bank_of_all_patches_is_what_the_definitions_say(
+    changes: dict[str, Any],
+    span: int | None,
+    backbone: Backbone,
+    all_train: np.ndarray,
+    all_described: inreach_jax.DescriptorSet,
+    unseen: np.ndarray,
+) -> None:
+    config = ALL.replace(**changes)
+    bank = inreach_jax.fit(backbone, all_train, config=config, batch_size=BATCH)
+    described = np.asarray(all_described.first(NUM_ALL), np.float64)
+    seeds = [0, 3, 6, 9, 12] if config.num_seeds == 5 else range(NUM_ALL)
+    expected_span = oracle.span(described, seeds=seeds, tolerance=config.spread_growth)
+    assert span in (None, expected_span)
+    assert int(bank.span) == expected_span  # type: ignore[arg-type]
+    assert bank.per_image == tiny.NUM_PATCHES
+    assert int(bank.count) == bank.rows.shape[0] == NUM_ALL * tiny.NUM_PATCHES
+    assert patches_of(bank) == [(i, p) for i in range(NUM_ALL) for p in range(tiny.NUM_PATCHES)]
+    stored = np.asarray(bank.rows) + np.asarray(bank.centre)
+    np.testing.assert_allclose(stored, described.reshape(stored.shape), rtol=1e-5, atol=1e-5)
+
+    tested = inreach_jax.extract(backbone, unseen, config=config, batch_size=BATCH)
+    index, value = oracle.score_by_images(
+        np.asarray(tested.first(4), np.float64), described, span=expected_span
+    )
+    scores = score_all(backbone, bank, unseen, config=config)
+    assert (scores.nearest.reshape(index.shape) == index).mean() > 0.98  # there are near ties
+    assert_close(scores, expected_scores(value, config), rtol=1e-3)
+
+
+def test_seeds_of_a_bank_of_all_patches_are_spread(
+    all_described: inreach_jax.DescriptorSet, all_bank: NominalBank
+) -> None:
+    # The others decide nothing: not on the span, and not in which order they come.
+    order = [0, 11, 7, 3, 10, 1, 6, 8, 2, 9, 4, 5, 12]
+    other = inreach_jax.fit_descriptors(all_described.select(order), config=ALL)
+    np.testing.assert_array_equal(other.span, all_bank.span)
+    rows = np.asarray(other.rows).reshape(NUM_ALL, tiny.NUM_PATCHES, -1)
+    expected = np.asarray(all_bank.rows).reshape(rows.shape)[order]
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_defect_is_found_by_a_bank_of_all_patches(all_scores: Scores) -> None:
+    assert all_scores.image.argmax() == 2
+    y, x = np.unravel_index(all_scores.maps[2].argmax(), all_scores.maps[2].shape)
+    assert 6 <= y < 18
+    assert 8 <= x < 20
+
+
+@pytest.mark.parametrize("spread_growth", [0.01, 9.0])
+def test_defects_of_training_images_are_found(
+    spread_growth: float, backbone: Backbone, all_train: np.ndarray
+) -> None:
+    # The image is in the bank, all of it, and so is the defect.
+    images = all_train.copy()
+    images[4, 8:20, 10:22] = 255 - images[4, 8:20, 10:22]
+    config = ALL.replace(spread_growth=spread_growth)
+    bank = inreach_jax.fit(backbone, images, config=config, batch_size=BATCH)
+    assert int(bank.span) == (1 if spread_growth < 1 else 3)  # type: ignore[arg-type]
+    scores = score_all(backbone, bank, images, config=config)
+    assert scores.image.argmax() == 4
+    assert scores.image[4] > 1.5 * np.delete(scores.image, 4).max()
+    y, x = np.unravel_index(scores.maps[4].argmax(), scores.maps[4].shape)
+    assert 6 <= y < 18
+    assert 8 <= x < 20
+    # As if the image had not been in the bank: those that are left out are told so.
+    described = inreach_jax.extract(backbone, images, config=config, batch_size=BATCH)
+    left_out = all_blocks(bank, described, config=config, leave_out=True)
+    np.testing.assert_allclose(scores.image[4], left_out.image[4], rtol=1e-3)
+    # A bank that any row will do for sees nothing.
+    anyhow = dataclasses.replace(bank, span=None, per_image=0)
+    blind = score_all(backbone, anyhow, images, config=config)
+    assert blind.image.max() < 0.01 * scores.image.min()
+
+
+def all_blocks(bank: NominalBank, described: inreach_jax.DescriptorSet, **options: Any) -> Scores:
+    blocks = list(inreach_jax.score_descriptor_set(bank, described, **options))
+    return jax.tree.map(lambda *x: np.concatenate(x), *blocks)
+
+
+def test_training_images_can_be_left_out_of_the_bank(
+    all_described: inreach_jax.DescriptorSet, all_bank: NominalBank
+) -> None:
+    config, bank = ALL, all_bank
+    actual = all_blocks(bank, all_described, config=config, leave_out=True)
+    plain = all_blocks(bank, all_described, config=config)
+    assert (actual.patches >= plain.patches - 1e-6).all()
+    assert len(actual.image) == NUM_ALL
+    count = int(bank.count)
+    for i in (0, 5, NUM_ALL - 1):
+        others = np.flatnonzero(np.asarray(bank.image[:count]) != i)
+        names = ("rows", "image", "patch", "multiplicity")
+        without = dataclasses.replace(
+            bank,
+            **{name: getattr(bank, name)[others] for name in names},
+            count=jnp.asarray(len(others), jnp.int32),
+        )
+        expected = all_blocks(without, all_described.select([i]), config=config)
+        assert_close(jax.tree.map(lambda x: x[i : i + 1], actual), expected)  # noqa: B023
+        np.testing.assert_array_equal(actual.nearest[i], others[expected.nearest[0]])
+
+
+@pytest.mark.parametrize("batch_size", [NUM_ALL + 1])
+def test_batch_size_does_not_matter_to_a_bank_of_all_patches(
+    batch_size: int,
+    backbone: Backbone,
+    all_train: np.ndarray,
+    unseen: np.ndarray,
+    all_bank: NominalBank,
+    all_scores: Scores,
+) -> None:
+    other = inreach_jax.fit(backbone, all_train, config=ALL, batch_size=batch_size)
+    np.testing.assert_array_equal(other.span, all_bank.span)
+    assert other.per_image == all_bank.per_image
+    np.testing.assert_allclose(other.rows, all_bank.rows, rtol=1e-4, atol=1e-4)
+    scores = score_all(backbone, other, unseen, config=ALL, batch_size=batch_size)
+    assert_close(scores, all_scores, rtol=1e-3)
+
+
+@pytest.mark.parametrize("max_rows, per_image", [(NUM_ALL * 64 - 1, 63), (140, 10), (5, 1)])
+def test_too_many_patches_are_thinned(
+    max_rows: int,
+    per_image: int,
+    all_described: inreach_jax.DescriptorSet,
+    all_bank: NominalBank,
+) -> None:
+    config = ALL.replace(max_bank_rows=max_rows)
+    bank = inreach_jax.fit_descriptors(all_described, config=config)
+    assert int(bank.count) == bank.rows.shape[0] == NUM_ALL * per_image
+    assert bank.per_image == per_image
+    np.testing.assert_array_equal(bank.span, all_bank.span)  # which no row decides on
+    assert len(set(patches_of(bank))) == NUM_ALL * per_image
+    np.testing.assert_array_equal(np.bincount(bank.image), [per_image] * NUM_ALL)
+    rows = np.asarray(bank.rows) + np.asarray(bank.centre)
+    every = np.asarray(all_bank.rows) + np.asarray(all_bank.centre)
+    place = np.asarray(bank.image) * tiny.NUM_PATCHES + np.asarray(bank.patch)
+    np.testing.assert_allclose(rows, every[place], rtol=1e-5, atol=1e-5)
+    # Fewer rows are farther.
+    scores, whole = (all_blocks(b, all_described.select([1]), config=ALL, leave_out=False)
+                     for b in (bank, all_bank))  # fmt: skip
+    assert np.isfinite(scores.image).all()
+    assert scores.patches.mean() > 0.99 * whole.patches.mean()
+
+
+@pytest.mark.parametrize("num_images, num_seeds", [(2, 5), (0, 5), (9, 2)])
+def test_too_few_images_for_support_are_refused_before_any_work(
+    num_images: int, num_seeds: int, backbone: Backbone, train: np.ndarray
+) -> None:
+    config = ALL.replace(num_seeds=num_seeds)
+    message = f"at least 3 training images and num_seeds; got {num_images} and {num_seeds}"
+    with pytest.raises(ValueError, match=message):
+        inreach_jax.fit(backbone, Exploding(num_images), config=config)
+    if num_images == 2:
+        with pytest.raises(ValueError, match=message):
+            inreach_jax.fit(backbone, iter(train[:2]), config=config, batch_size=BATCH)
+
+
+def test_three_images_do(backbone: Backbone, train: np.ndarray) -> None:
+    bank = inreach_jax.fit(backbone, train[:3], config=ALL, batch_size=BATCH)
+    assert int(bank.span) == 1  # type: ignore[arg-type]
+    described = inreach_jax.extract(backbone, train[:3], config=ALL, batch_size=BATCH)
+    for leave_out in (False, True):
+        scores = all_blocks(bank, described, config=ALL, leave_out=leave_out)
+        assert np.isfinite(scores.image).all()
+        assert scores.image.min() > 0
+
+
+def test_copies_of_images_are_of_no_harm(backbone: Backbone, train: np.ndarray) -> None:
+    images = np.concatenate([np.repeat(train[:1], 5, axis=0), train[1:4]])
+    bank = inreach_jax.fit(backbone, images, config=ALL, batch_size=BATCH)
+    scores = score_all(backbone, bank, train, config=ALL)
+    assert np.isfinite(scores.image).all()
+    everywhere_the_same = np.repeat(train[:1], 8, axis=0)
+    bank = inreach_jax.fit(backbone, everywhere_the_same, config=ALL, batch_size=BATCH)
+    assert int(bank.span) == 2  # type: ignore[arg-type]
+    scores = score_all(backbone, bank, train[:2], config=ALL)
+    assert scores.image[0] < 1e-3 * scores.image[1]
+
+
+def test_progress_of_a_bank_of_all_patches(backbone: Backbone, all_train: np.ndarray) -> None:
+    calls: dict[str, list[tuple[int, int | None]]] = {}
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        calls.setdefault(phase, []).append((done, total))
+
+    inreach_jax.fit(backbone, all_train, config=ALL, batch_size=BATCH, progress=progress)
+    assert list(calls) == ["features", "association", "bank"]
+    every = [(done, NUM_ALL) for done in (3, 6, 9, 12, 13)]
+    assert calls["features"] == calls["bank"] == every
+    assert calls["association"] == [(3, 5), (5, 5)]  # of the seeds
+
+
+def test_each_step_of_a_bank_of_all_patches_compiles_once(backbone: Backbone) -> None:
+    steps = (
+        pipeline._extract_block,
+        pipeline._seed_distances,
+        pipeline._growth_exponent,
+        pipeline._append_rows,
+        pipeline._score_crops,
+        pipeline._score_descriptors,
+    )
+    config = ALL.replace(positional="off", position_weight=4.5, smoothing_sigma=1.625, num_seeds=6)
+
+    def everything(num_train: int, num_test: int) -> list[int]:
+        sizes = [f._cache_size() for f in steps]
+        train, test = tiny.images(num_train, seed=2), tiny.images(num_test, seed=3)
+        bank = inreach_jax.fit(backbone, train, config=config, batch_size=5)
+        score_all(backbone, bank, test, config=config, batch_size=5)
+        described = inreach_jax.extract(backbone, test, config=config, batch_size=5)
+        list(inreach_jax.score_descriptor_set(bank, described, config=config))
+        return [f._cache_size() - size for f, size in zip(steps, sizes, strict=True)]
+
+    assert everything(11, 7) == [1] * len(steps)
+    assert everything(11, 3) == [0] * len(steps)
+    # Sets of another size have banks of another shape, and nothing else.
+    assert everything(14, 7) == [0, 0, 0, 1, 1, 1]
+
+
+def test_score_fn_agrees_with_score_images_of_all_patches(
+    all_score: Any, backbone: Backbone, all_bank: NominalBank, unseen: np.ndarray,
+    all_scores: Scores,
+) -> None:  # fmt: skip
+    actual = jax.jit(all_score)(backbone.variables, all_bank, unseen)
+    assert_close(actual, all_scores)
+    np.testing.assert_array_equal(actual.nearest, all_scores.nearest)
+
+
+def test_vmap_over_banks_of_all_patches(
+    all_score: Any, backbone: Backbone, all_bank: NominalBank, unseen: np.ndarray
+) -> None:
+    banks = [dataclasses.replace(all_bank, span=jnp.asarray(k, jnp.int32)) for k in (1, 3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *banks)
+    mapped = jax.jit(jax.vmap(all_score, in_axes=(None, 0, None)))(
+        backbone.variables, stacked, unseen
+    )
+    expected = [score_all(backbone, one, unseen, config=ALL) for one in banks]
+    assert (expected[1].patches > expected[0].patches).all()
+    for i, want in enumerate(expected):
+        assert_close(jax.tree.map(lambda x: x[i], mapped), want)  # noqa: B023
+
+
+def test_export_of_a_bank_of_all_patches(
+    all_score: Any, backbone: Backbone, all_bank: NominalBank, unseen: np.ndarray,
+    all_scores: Scores,
+) -> None:  # fmt: skip
+    check_export(all_score, backbone, all_bank, unseen, all_scores)
+
+
+def test_shards_of_a_bank_of_all_patches(
+    all_score: Any, backbone: Backbone, unseen: np.ndarray, all_described: Any
+) -> None:
+    bank = inreach_jax.fit_descriptors(all_described.select(range(12)), config=ALL)
+    mesh = jax.make_mesh((4, 2), ("images", "rows"), axis_types=(AxisType.Auto,) * 2)
+
+    def sharding(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    of_bank = jax.tree.map(lambda x: sharding("rows") if x.ndim else sharding(), bank)
+    of_bank = dataclasses.replace(of_bank, centre=sharding())
+    sharded = jax.jit(
+        all_score, in_shardings=(sharding(), of_bank, sharding("images")), out_shardings=sharding()
+    )
+    actual = sharded(backbone.variables, bank, unseen)
+    assert len(actual.maps.sharding.device_set) == 8
+    expected = score_all(backbone, bank, unseen, config=ALL)
+    assert_close(actual, expected)
+    assert (actual.nearest == expected.nearest).mean() > 0.99
+
+
+def test_gradients_through_a_bank_of_all_patches(
+    all_score: Any, backbone: Backbone, all_train: np.ndarray, unseen: np.ndarray,
+    all_bank: NominalBank,
+) -> None:  # fmt: skip
+    images = np.concatenate([all_train[:1], unseen[2:3]])  # the first is in the bank itself
+
+    @jax.jit
+    def loss(variables: Any, rows: jax.Array, centre: jax.Array) -> jax.Array:
+        changed = dataclasses.replace(all_bank, rows=rows, centre=centre)
+        return jnp.sum(all_score(variables, changed, images).image)
+
+    arguments = (backbone.variables, all_bank.rows, all_bank.centre)
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 0
+    downhill = all_bank.rows - 1e-3 * gradients[1]
+    assert loss(arguments[0], downhill, all_bank.centre) < loss(*arguments)
+
+    crops = images_lib.resize_and_crop(jnp.asarray(images), config=ALL)
+    one_score = functools.partial(pipeline.score_crops, spec=backbone.spec, config=ALL)
+
+    @jax.jit
+    @jax.grad
+    def saliency(crops: jax.Array) -> jax.Array:
+        return jnp.sum(one_score(backbone.variables, all_bank, crops).image)
+
+    gradient = np.asarray(saliency(crops))
+    assert np.isfinite(gradient).all()
+    strength = np.abs(gradient[1]).sum(axis=-1)
+    inside = np.zeros(strength.shape, bool)
+    inside[6:18, 8:20] = True
+    assert strength[inside].mean() > 2 * strength[~inside].mean() > 0
 
 
 # What is refused.

@@ -1,5 +1,6 @@
 """Scores and maps against the oracle."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,8 @@ Upsampling = Literal["bilinear", "nearest"]
 
 _score_patches = jax.jit(scoring.score_patches, static_argnames="tile")
 _score_descriptors = jax.jit(scoring.score_descriptors, static_argnames=("grid", "config", "tile"))
+_scores_of_patches = jax.jit(scoring.scores_of_patches, static_argnames=("grid", "config"))
+_image_distances = jax.jit(scoring.image_distances, static_argnames="tile")
 _make_maps = jax.jit(scoring.make_maps, static_argnames=("size", "upsampling", "smoothing_sigma"))
 
 DIM = 6
@@ -123,31 +126,232 @@ def test_maps_that_are_smaller_than_the_reach_of_the_gaussian(upsampling: Upsamp
     np.testing.assert_allclose(maps[0], expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("distance, contrast", [("euclidean", 0.5), ("squared", 0.0),
+                                                ("squared", 1.0)])  # fmt: skip
 @pytest.mark.parametrize("upsampling, sigma", [("nearest", 2.0), ("bilinear", 0.0)])
-def test_scores_of_whole_images(upsampling: Upsampling, sigma: float) -> None:
+def test_scores_of_whole_images(
+    upsampling: Upsampling, sigma: float, contrast: float, distance: Any
+) -> None:
     nominal, test = _nominal(), _test()
     config = InReachConfig(
-        resize=(30, 40), crop=(24, 28), upsampling=upsampling, smoothing_sigma=sigma
+        resize=(30, 40),
+        crop=(25, 30),
+        distance=distance,
+        image_contrast=contrast,
+        upsampling=upsampling,
+        smoothing_sigma=sigma,
     )
     out = _score_descriptors(_bank(nominal), test, grid=(3, 4), config=config)
-    patches = oracle.score(test, nominal).reshape(2, 3, 4)
+    squared = oracle.score(test, nominal)
+    patches = (squared if distance == "squared" else np.sqrt(squared)).reshape(2, 3, 4)
     maps = np.stack(
-        [oracle.smooth_map(p, (24, 28), sigma=sigma, upsampling=upsampling) for p in patches]
+        [oracle.smooth_map(p, (25, 30), sigma=sigma, upsampling=upsampling) for p in patches]
     )
+    image = maps.max(axis=(1, 2)) - contrast * maps.mean(axis=(1, 2))
     np.testing.assert_allclose(out.patches, patches, rtol=1e-5)
     np.testing.assert_allclose(out.maps, maps, rtol=1e-5)
-    np.testing.assert_allclose(out.image, maps.max(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(out.image, image, rtol=1e-4)
     expected = np.stack([oracle.nearest(image, nominal)[0] for image in test]).reshape(2, 3, 4)
     np.testing.assert_array_equal(out.nearest, expected)
+
+    again = _scores_of_patches(
+        squared.astype(np.float32), expected.reshape(2, 12), grid=(3, 4), config=config
+    )
+    for name in ("image", "maps", "patches", "nearest"):
+        np.testing.assert_allclose(getattr(again, name), getattr(out, name), rtol=1e-4)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.5])
+def test_images_that_are_everywhere_equally_far(contrast: float) -> None:
+    # What is unlike the bank as a whole counts less by the share; of a defect it does not matter.
+    config = InReachConfig(
+        resize=(24, 28), crop=(24, 28), distance="squared", image_contrast=contrast
+    )
+    flat = np.full((1, 12), 3, np.float32)
+    spot = flat.copy()
+    spot[0, 5] += 4
+    of_flat, of_spot, of_zero = (
+        _scores_of_patches(x, np.zeros(x.shape, np.int32), grid=(3, 4), config=config)
+        for x in (flat, spot, spot - 3)
+    )
+    np.testing.assert_allclose(of_flat.image, 3 * (1 - contrast), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_spot.image - of_flat.image, of_zero.image, rtol=1e-4)
+    np.testing.assert_allclose(of_spot.maps - of_zero.maps, 3, rtol=1e-5)  # maps are not changed
+
+
+def test_contrast_does_not_depend_on_how_images_were_turned() -> None:
+    # The map is turned back, and its corners are then 0; the image score is of the map before.
+    config = InReachConfig(resize=(24, 24), crop=(24, 24))
+    patches = np.random.default_rng(0).uniform(1, 9, (2, 9)).astype(np.float32)
+    index = np.zeros(patches.shape, np.int32)
+    upright, turned = (
+        _scores_of_patches(patches, index, grid=(3, 3), config=config, angles=angles)
+        for angles in (None, np.array([30.0, 117.0], np.float32))
+    )
+    np.testing.assert_array_equal(turned.image, upright.image)
+    np.testing.assert_array_equal(turned.patches, upright.patches)
+    assert (np.asarray(turned.maps) != np.asarray(upright.maps)).any()
+
+
+# Patches that several images must share.
+
+
+def _span_bank(span: int | None, num_images: int = 12, per_image: int = 4) -> NominalBank:
+    """The bank of all patches of some training images, [N, R, D] = `_training()`."""
+    nominal = _training(num_images, per_image).reshape(-1, DIM)
+    kept = np.ones((num_images, per_image), np.int32)
+    return bank_lib.make_bank(jnp.asarray(nominal), multiplicity=kept, span=span)
+
+
+def _training(num_images: int = 12, per_image: int = 4) -> Array:
+    return _nominal(num_images * per_image).reshape(num_images, per_image, DIM)
+
+
+def _shared() -> Array:
+    """Test images of which some patches stand in a training image, as they are or almost."""
+    test = _test()
+    test[0, :4] = _training()[3]
+    test[1, :4] = _training()[1] + 0.01 * test[1, :4]
+    return test
+
+
+@pytest.mark.parametrize("span", [1, 2, 3])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_score_by_images_equals_the_oracle(span: int, offset: float) -> None:
+    rows, test = _training() + np.float32(offset), _shared() + np.float32(offset)
+    bank = bank_lib.make_bank(
+        jnp.asarray(rows.reshape(-1, DIM)), multiplicity=np.ones((12, 4), np.int32), span=span
+    )
+    value, index = _score_patches(bank, test, tile=5)
+    expected_index, expected = oracle.score_by_images(test, rows, span=span)
+    assert value.dtype == jnp.float32
+    assert index.dtype == jnp.int32
+    np.testing.assert_array_equal(index, expected_index)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    nearest = oracle.score(test, rows.reshape(-1, DIM))
+    assert (expected[:, :4] > nearest[:, :4]).all()  # not to where they stand
+    assert (expected >= nearest).all()
+    assert span > 1 or (expected == nearest).any()
+
+
+def test_score_by_one_image_is_that_of_the_nearest_row() -> None:
+    # But where the nearest is the same realization, which a bank without span finds.
+    value, index = map(np.asarray, _score_patches(_span_bank(1), _shared()))
+    nearest, row = map(np.asarray, _score_patches(_span_bank(None), _shared()))
+    agree = value == nearest
+    assert 12 <= agree.sum() <= 16
+    assert not agree[:, :4].any()
+    np.testing.assert_array_equal(index[agree], row[agree])
+
+
+def test_order_of_images_and_patches_makes_no_difference() -> None:
+    rng = np.random.default_rng(3)
+    images, patches = rng.permutation(12), rng.permutation(4)
+    rows = _training()[images][:, patches].reshape(-1, DIM)
+    other = bank_lib.make_bank(jnp.asarray(rows), multiplicity=np.ones((12, 4), np.int32), span=2)
+    expected, row = _score_patches(_span_bank(2), _shared())
+    actual, other_row = _score_patches(other, _shared())
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(rows[np.asarray(other_row)], _nominal(48)[np.asarray(row)])
+
+
+def test_span_is_an_argument_like_any_other() -> None:
+    banks = [_span_bank(span) for span in (1, 3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *banks)
+    value, index = jax.jit(jax.vmap(scoring.score_patches, in_axes=(0, None)))(stacked, _shared())
+    traces = []
+
+    @jax.jit
+    def score(bank: NominalBank) -> tuple[jax.Array, jax.Array]:
+        traces.append(bank)
+        return scoring.score_patches(bank, jnp.asarray(_shared()))
+
+    for i, bank in enumerate(banks):
+        expected, row = score(bank)
+        np.testing.assert_allclose(value[i], expected, rtol=1e-6)
+        np.testing.assert_array_equal(index[i], row)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("span", [None, 1, 2])
+def test_an_image_can_be_left_out(span: int | None) -> None:
+    bank, images = _span_bank(span), _training()
+    exclude = np.arange(12, dtype=np.int32)
+    value, index = _score_patches(bank, images, exclude=exclude, tile=5)
+    assert value.shape == index.shape == (12, 4)
+    assert value.dtype == jnp.float32
+    assert index.dtype == jnp.int32
+    for i in range(12):
+        others = np.flatnonzero(np.asarray(bank.image) != i)
+        without = dataclasses.replace(
+            bank,
+            **{n: getattr(bank, n)[others] for n in ("rows", "image", "patch", "multiplicity")},
+            count=jnp.asarray(44, jnp.int32),
+        )
+        expected, row = _score_patches(without, images[i : i + 1], tile=5)
+        np.testing.assert_allclose(value[i], expected[0], rtol=1e-6)
+        np.testing.assert_array_equal(index[i], others[np.asarray(row[0])])
+    assert (np.asarray(bank.image)[np.asarray(index)] != exclude[:, None]).all()
+    assert (np.asarray(value) > 0).all()
+    if span is not None:
+        expected_index, expected = oracle.score_by_images(
+            images, images, span=span, leave_out=range(12)
+        )
+        np.testing.assert_array_equal(index, expected_index)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_distances_to_each_image() -> None:
+    bank, test = _span_bank(2), _shared()
+    kept = np.random.default_rng(4).random((12, 4)) < 0.5
+    kept[5] = False
+    exclude = np.array([3, 12], np.int32)
+    value, row = _image_distances(bank, test, kept=kept.ravel(), exclude=exclude, tile=3)
+    assert value.shape == row.shape == (12, 24)
+    assert row.dtype == jnp.int32
+    for n in range(12):
+        if not kept[n].any():
+            np.testing.assert_array_equal(value[n], np.full(24, np.inf))
+            continue
+        index, expected = oracle.nearest(test.reshape(-1, DIM), _training()[n][kept[n]])
+        if n == 3:
+            expected[:12] = np.inf
+        np.testing.assert_allclose(value[n], expected, rtol=1e-5)
+        np.testing.assert_array_equal(row[n], 4 * n + np.flatnonzero(kept[n])[index])
+    assert np.isinf(value).sum() == 24 * (~kept.any(axis=1)).sum() + 12
+    # What is asked for by default: everything.
+    value, row = _image_distances(bank, test)
+    assert np.isfinite(value).all()
+    np.testing.assert_allclose(
+        np.min(value, axis=0), oracle.score(test, _nominal(48)).ravel(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("span", [None, 2])
+def test_leaving_out_what_is_not_there_changes_nothing(span: int | None) -> None:
+    expected = _score_patches(_span_bank(span), _test(), tile=16)
+    exclude = np.array([12, -1], np.int32)
+    actual = _score_patches(_span_bank(span), _test(), exclude=exclude, tile=16)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
+    np.testing.assert_array_equal(actual[1], expected[1])
+
+
+def test_an_image_that_is_all_of_the_bank_is_infinitely_far_without_it() -> None:
+    bank = _bank(_nominal())  # of one image, and of padding, which says that it is of the same
+    value, index = _score_patches(bank, _test(), exclude=np.array([0, 1], np.int32))
+    np.testing.assert_array_equal(value[0], np.full(12, np.inf))
+    np.testing.assert_array_equal(index[0], np.zeros(12))
+    np.testing.assert_allclose(value[1], oracle.score(_test(), _nominal())[1], rtol=1e-5)
 
 
 def test_a_nan_patch_shows_in_its_image_only() -> None:
     test = _test()
     test[1, 5, 0] = np.nan
     config = InReachConfig(resize=(12, 16), crop=(12, 16), smoothing_sigma=1.0)
-    out = _score_descriptors(_bank(_nominal()), test, grid=(3, 4), config=config)
-    assert np.isnan(out.image).tolist() == [False, True]
-    assert np.isnan(out.patches).sum() == 1
+    for bank in (_bank(_nominal()), _span_bank(2)):
+        out = _score_descriptors(bank, test, grid=(3, 4), config=config)
+        assert np.isnan(out.image).tolist() == [False, True]
+        assert np.isnan(out.patches).sum() == 1
 
 
 def test_gradient_of_scores_with_respect_to_the_bank() -> None:
@@ -172,3 +376,47 @@ def test_gradient_of_scores_with_respect_to_the_bank() -> None:
     np.add.at(expected, index, -difference)
     np.testing.assert_allclose(of_rows, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(of_centre, -difference.sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("span", [None, 2])
+@pytest.mark.parametrize("distance", ["euclidean", "squared"])
+def test_gradient_is_finite_where_patches_stand_in_the_bank(
+    distance: Any, span: int | None
+) -> None:
+    bank, nominal = _span_bank(span), _training().reshape(-1, DIM)
+    config = InReachConfig(resize=(12, 16), crop=(12, 16), distance=distance, smoothing_sigma=1.0)
+    images = np.concatenate([nominal[:12].reshape(1, 12, DIM), _test()])
+
+    @jax.jit
+    def total(rows: jax.Array, images: jax.Array) -> jax.Array:
+        changed = dataclasses.replace(bank, rows=rows)
+        return jnp.sum(scoring.score_descriptors(changed, images, grid=(3, 4), config=config).image)
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(bank.rows, images)
+    for leaf in gradients:
+        assert np.isfinite(leaf).all()
+        assert np.asarray(leaf).any()
+    # What stands in the bank cannot come closer to it, unless it is others that it must be near.
+    assert np.asarray(gradients[1][0]).any() == (span is not None)
+    # The others are right: against differences.
+    step = np.zeros(images.shape, np.float32)
+    step[1:] = np.random.default_rng(3).standard_normal(step[1:].shape)
+    ahead, behind = (float(total(bank.rows, images + s * step)) for s in (1e-3, -1e-3))
+    slope = float(np.sum(np.asarray(gradients[1]) * step))
+    np.testing.assert_allclose(slope, (ahead - behind) / 2e-3, rtol=2e-2, atol=1e-2)
+
+
+def test_gradient_by_images_is_that_of_the_last_distance() -> None:
+    bank, test = _span_bank(2), _shared()
+
+    def total(rows: jax.Array, test: jax.Array) -> jax.Array:
+        changed = dataclasses.replace(bank, rows=rows)
+        return jnp.sum(scoring.score_patches(changed, test)[0])
+
+    of_rows, of_test = jax.jit(jax.grad(total, argnums=(0, 1)))(bank.rows, test)
+    index, _ = oracle.score_by_images(test, _training(), span=2)
+    difference = 2 * (test - _training().reshape(-1, DIM)[index])
+    expected = np.zeros(bank.rows.shape)
+    np.add.at(expected, index, -difference)
+    np.testing.assert_allclose(of_test, difference, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_rows, expected, rtol=1e-4, atol=1e-4)

@@ -30,6 +30,14 @@ from .patches import (
     transpose_mse,
     upsample_bilinear,
 )
+from .support import (
+    choose_span,
+    growth_exponent,
+    score_by_images,
+    seed_distances,
+    span,
+    spread_at,
+)
 
 __all__ = [
     "ChannelId",
@@ -39,9 +47,11 @@ __all__ = [
     "adaptive_average_pool",
     "associate",
     "auroc",
+    "choose_span",
     "collect",
     "descriptors",
     "gaussian",
+    "growth_exponent",
     "is_positional",
     "members",
     "mutual_nearest",
@@ -52,7 +62,11 @@ __all__ = [
     "position",
     "radii",
     "score",
+    "score_by_images",
+    "seed_distances",
     "smooth_map",
+    "span",
+    "spread_at",
     "squared_distances",
     "transpose_mse",
     "upsample",
