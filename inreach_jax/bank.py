@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from inreach_jax import support
 from inreach_jax.types import NominalBank
 
 # Banks of similar size share a shape, and thereby one compilation of whatever takes them.
@@ -73,9 +74,24 @@ def make_bank(
 
     Returns:
       The bank, with padding rows set to the centre.
+
+    Raises:
+      ValueError: the span is more than `support.span_limit` of the images, or their rows differ.
     """
     image, patch = np.nonzero(multiplicity)
     count = len(image)
+    if span is not None:
+        per_image = np.unique(image, return_counts=True)[1]
+        limit = support.span_limit(num_images=len(per_image))
+        if not 1 <= span <= limit:
+            raise ValueError(
+                f"span must be in [1, {limit}], of {len(per_image)} images; got {span}"
+            )
+        if len(set(per_image.tolist())) != 1 or rows.shape[0] != count:
+            raise ValueError(
+                f"with a span every image must have equally many rows, and all {rows.shape[0]} be "
+                f"in use; got {sorted(set(per_image.tolist()))} per image, {count} in all"
+            )
     padding = (0, rows.shape[0] - count)
     valid = (jnp.arange(rows.shape[0]) < count)[:, None]
     centre = jnp.sum(jnp.where(valid, rows, 0), axis=0) / count

@@ -267,10 +267,11 @@ def extract(
 def fit_descriptors(
     descriptors: DescriptorSet, *, config: InReachConfig, progress: Progress | None = None
 ) -> NominalBank:
-    """Association, channels and bank of images whose descriptors are known.
+    """The bank of images whose descriptors are known.
 
     Args:
-      descriptors: Of N training images, in the order in which the first ones become seeds.
+      descriptors: Of N training images. Where `config.nominal` is "channels" the first ones are the
+        seeds; otherwise their order does not matter beyond which of them are.
       config: All options from `nominal` to `max_channel_std` are used.
       progress: Told after each block, phases "association", "channels" and "bank" ("association"
         and "bank" where `config.nominal` is "all").
@@ -279,7 +280,8 @@ def fit_descriptors(
       The nominal bank.
 
     Raises:
-      ValueError: there are fewer images than seeds, or no channel survives.
+      ValueError: there are too few images (three, or with "channels" `num_seeds`), or no channel
+        survives.
     """
     _check_count(descriptors.num_images, config)
     tell = progress or (lambda phase, done, total: None)
@@ -388,8 +390,8 @@ def fit(
 
     Args:
       backbone: From `load_backbone`.
-      images: N training images; the first `config.num_seeds` are the seeds. They are read once, in
-        order.
+      images: N training images, read once, in order. Where `config.nominal` is "channels" the first
+        `config.num_seeds` are the seeds.
       config: The options.
       batch_size: Images per step. Bounds the memory of a step; the result does not depend on it
         beyond rounding.
@@ -399,8 +401,9 @@ def fit(
       The nominal bank, for `make_score_fn`.
 
     Raises:
-      ValueError: an image is not uint8 [H, W, 3], there are fewer than seeds, features are not
-        finite, or no channel survives the filter (the message says which option to loosen).
+      ValueError: an image is not uint8 [H, W, 3], there are too few (three, or with "channels"
+        `num_seeds`), features are not finite, or no channel survives the filter (the message says
+        which option to loosen).
     """
     total = _length(images)
     if total is not None:  # before any long work

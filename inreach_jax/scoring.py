@@ -34,7 +34,8 @@ def score_patches(
       descriptors: [B, P, D] float32.
       exclude: [B] int32, of which training image the rows are no neighbours of each image: its own
         index, to score the training images themselves. None for no image.
-      tile: Bank rows per product; tile * B * P floats are needed beside the inputs.
+      tile: Bank rows per product; tile * B * P floats are needed beside the inputs, and with a span
+        of N images about 4 * N * B * P more.
       precision: Of the products.
 
     Returns:

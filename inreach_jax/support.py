@@ -9,8 +9,9 @@ training images cannot vouch for its like.
 How large a span can be asked for depends on the images. If parts lie in any pose, a good part has
 few that are like it, and the spread of its channel grows fast with the span; on a surface all
 recurs, the spread hardly grows, and only a large span exposes defects that recur themselves. That
-growth can be measured without labels: d_k ~ k^g, where 1 / g is the intrinsic dimension of what
-the patches resemble (Levina and Bickel, NIPS 2004). The span is the largest that lets the spread
+growth can be measured without labels: d_k ~ k^g, where g falls with the intrinsic dimension of
+what the patches resemble (Levina and Bickel, NIPS 2004, whose 1 / g over all patches is that
+dimension; on the worst supported ones g is smaller). The span is the largest that lets the spread
 grow by no more than a given share.
 
 An image that is scored may be one of the training images, and then it is its own likeness. A
@@ -122,6 +123,18 @@ def growth_exponent(sq_distance: jax.Array) -> jax.Array:
     return growth / np.log(span).astype(np.float32)
 
 
+def span_limit(*, num_images: int) -> int:
+    """The largest span that can be asked for.
+
+    Args:
+      num_images: N.
+
+    Returns:
+      `LIMIT_SHARE` of N, at least 1.
+    """
+    return max(1, int(LIMIT_SHARE * num_images))
+
+
 def choose_span(*, growth: float, tolerance: float, num_images: int) -> int:
     """The largest span whose spread is within a tolerance of the tightest one.
 
@@ -133,7 +146,7 @@ def choose_span(*, growth: float, tolerance: float, num_images: int) -> int:
     Returns:
       k, at least 1 and otherwise at most `LIMIT_SHARE` of N.
     """
-    limit = _span_limit(num_images)
+    limit = span_limit(num_images=num_images)
     if growth * np.log(limit) <= np.log1p(tolerance):
         return limit
     return max(1, int(np.exp(np.log1p(tolerance) / growth)))
@@ -152,17 +165,16 @@ def spread_at(
     Returns:
       [Q] float32, squared, and [Q] int32; the lowest image counts first on ties.
     """
-    limit = _span_limit(len(sq_distance)) + 1
+    limit = span_limit(num_images=len(sq_distance)) + 1
     negated, image = lax.top_k(-sq_distance.T, limit)
     # Squared like the distances. Where both are infinite there is nothing to skip.
     same = negated[:, 0] > SAME_REALIZATION**2 * negated[:, 1]
     last = jnp.where(same, span, span - 1)[:, None]
     image = jnp.take_along_axis(image, last, axis=1)
+    spread = -jnp.take_along_axis(negated, last, axis=1)[:, 0]
+    # NaN must show, wherever it ranks.
+    unknown = jnp.any(jnp.isnan(sq_distance), axis=0)
     return (
-        -jnp.take_along_axis(negated, last, axis=1)[:, 0],
+        jnp.where(unknown, jnp.nan, spread),
         jnp.take_along_axis(row.T, image, axis=1)[:, 0],
     )
-
-
-def _span_limit(num_images: int) -> int:
-    return max(1, int(LIMIT_SHARE * num_images))
