@@ -9,7 +9,7 @@ training images are scored, too; "both" measures the two on one fit. --protocol=
 the training images themselves, each against a bank without its own patches.
 
 Methods (--methods picks): `default` is what the flags say, the robust preset unless others are
-given; `paper`, `official` and `channels` are those presets; on the descriptors of `default`,
+given; `paper`, `official` and any other preset are what they say; on the descriptors of `default`,
 `patchcore` and `softpatch` are the papers' (`experiments.peers`), `full` remembers every patch of
 the default's bank and `oracle` every one of them that is good, both with a map of sigma 4 whose
 maximum is the image score.
@@ -33,7 +33,7 @@ from experiments.progress import PhaseTimer
 from inreach_jax.datasets import load_category, write_manifest
 
 METHODS = (
-    *("official", "paper", "channels", "default"),
+    *("official", "paper", "default"),
     *("patchcore", "softpatch", "full", "oracle"),
 )
 
@@ -71,7 +71,7 @@ def methods(names: Sequence[str], config: inreach_jax.InReachConfig) -> dict[str
     """The methods by name.
 
     Args:
-      names: Of `METHODS`.
+      names: Of `METHODS`, or of presets.
       config: Of `default`, and of the descriptors of the peers.
 
     Returns:
@@ -80,9 +80,10 @@ def methods(names: Sequence[str], config: inreach_jax.InReachConfig) -> dict[str
     Raises:
       ValueError: a name is unknown.
     """
-    unknown = sorted(set(names) - set(METHODS))
+    known = dict.fromkeys((*METHODS, *inreach_jax.PRESETS))
+    unknown = sorted(set(names) - set(known))
     if unknown or not names:
-        raise ValueError(f"--methods: there is no {unknown}; there are {list(METHODS)}")
+        raise ValueError(f"--methods: there is no {unknown}; there are {list(known)}")
     peer = config.replace(
         nominal="all", distance="euclidean", image_contrast=0.0, smoothing_sigma=4.0
     )

@@ -86,11 +86,11 @@ def test_bank_of_all_patches() -> None:
     for i in range(6):  # equally many, at other places
         kept[i, [i % 7, (i + 3) % 7]] = 1
     rows = jnp.asarray(x[kept > 0])
-    bank = bank_lib.make_bank(rows, multiplicity=kept, span=2)
+    bank = bank_lib.make_bank(rows, multiplicity=kept, span=1)
     assert bank.span is not None
     assert bank.span.shape == ()
     assert bank.span.dtype == jnp.int32
-    assert int(bank.span) == 2
+    assert int(bank.span) == 1
     assert bank.per_image == 2
     assert int(bank.count) == len(bank.rows) == 12  # no padding
     np.testing.assert_array_equal(bank.image.reshape(6, 2), np.arange(6)[:, None].repeat(2, 1))
@@ -108,7 +108,8 @@ def test_bank_of_all_patches() -> None:
 def test_rows_per_image_are_part_of_the_structure() -> None:
     # Whatever takes a bank is compiled for them, and no transformation sees them.
     x, _ = _case()
-    rows, everything = jnp.asarray(x.reshape(42, 3)), np.ones((6, 7), np.int32)
+    rows = jnp.asarray(np.concatenate([x, x]).reshape(84, 3))
+    everything = np.ones((12, 7), np.int32)
     bank = bank_lib.make_bank(rows, multiplicity=everything, span=1)
     leaves, structure = jax.tree.flatten(bank)
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
@@ -116,6 +117,21 @@ def test_rows_per_image_are_part_of_the_structure() -> None:
     assert structure != jax.tree.structure(bank_lib.make_bank(rows, multiplicity=everything))
     other = bank_lib.make_bank(rows, multiplicity=everything, span=3)
     assert structure == jax.tree.structure(other)
+
+
+def test_a_span_must_fit_the_images() -> None:
+    x, _ = _case()
+    rows, everything = jnp.asarray(x.reshape(42, 3)), np.ones((6, 7), np.int32)
+    for span in (0, 2):
+        with pytest.raises(ValueError, match=rf"span must be in \[1, 1\], of 6 images; got {span}"):
+            bank_lib.make_bank(rows, multiplicity=everything, span=span)
+    everything[2, 3] = 0
+    with pytest.raises(ValueError, match="every image must have equally many rows"):
+        bank_lib.make_bank(rows[:41], multiplicity=everything, span=1)
+    with pytest.raises(ValueError, match="all 43 be in use"):
+        bank_lib.make_bank(
+            jnp.pad(rows, ((0, 1), (0, 0))), multiplicity=np.ones((6, 7), np.int32), span=1
+        )
 
 
 # Too many patches.
