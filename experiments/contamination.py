@@ -55,6 +55,12 @@ _PUBLISHED = (
         "McIntosh and Branzan Albu, ICCV 2023, abstract",
     ),
     (
+        "Online-InReaCh",
+        "image AUROC 0.936, pixel AUROC 0.961",
+        "online, 23.8% of all images anomalous",
+        "McIntosh and Branzan Albu, ECCV 2024, abstract",
+    ),
+    (
         "MeDS",
         "image AUROC 0.992",
         "40% noise",
