@@ -33,6 +33,8 @@ MEASURES = (
     *("nominal_precision", "nominal_recall"),
 )
 
+_NUM_DECIDING = 120
+
 _RECALL = inreach_jax.InReachConfig(recall="patches")
 
 Row = dict[str, Any]
@@ -223,12 +225,13 @@ class _Pool:
         batch_size: int,
     ):
         every = join(dataset.train, dataset.test)
-        trained = {entry.name for draw in draws for entry in draw.manifest.train}
-        scored = {entry.name for draw in draws for entry in draw.manifest.test}
-        # What is trained on comes first: it alone decides what features are aligned to, and
-        # whether position counts.
-        first = [i for i, name in enumerate(every.names) if name in trained]
-        rest = [i for i, name in enumerate(every.names) if name in scored - trained]
+        # The first training images decide what features are aligned to and whether position counts:
+        # the same ones whatever the draws are, so that cells of several runs go together.
+        first = list(range(min(len(dataset.train), _NUM_DECIDING)))
+        used = {
+            entry.name for draw in draws for entry in (*draw.manifest.train, *draw.manifest.test)
+        } - set(every.names[: len(first)])
+        rest = [i for i, name in enumerate(every.names) if name in used]
         extract = functools.partial(
             inreach_jax.extract, backbone, config=features, batch_size=batch_size
         )
@@ -569,5 +572,6 @@ def _number(x: np.ndarray) -> str:
     known = x[~np.isnan(x)]
     if not len(known):
         return "-"
-    spread = f" ± {known.std(ddof=1):.3f}" if len(known) > 1 else ""
-    return f"{known.mean():.3f}{spread}"
+    digits = 0 if known.mean() >= 100 else 3  # rows are counted
+    spread = f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
+    return f"{known.mean():.{digits}f}{spread}"
