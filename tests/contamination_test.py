@@ -156,7 +156,7 @@ def test_published_figures_come_with_a_caveat(printed: str) -> None:
     for text in ("| InReaCh ", "ICCV 2023", "| MeDS ", "2605.26676"):
         assert printed.index(text) > caveat
     assert "brick: 8 training images, up to 16 to score, protocol noise" in printed
-    assert "32 cells, 32 of them to be done" in printed
+    assert "28 cells, 28 of them to be done" in printed
 
 
 def test_some_methods_by_the_transductive_protocol(

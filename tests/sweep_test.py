@@ -457,6 +457,7 @@ def test_each_image_is_described_once_per_kind_of_features(
     draws = make_draws(dataset, ratios=(0.0, 0.25), overlap="both")
     run(dataset, methods, draws, tmp_path)
     used = {name for d in draws for name in names_of(d.manifest.train + d.manifest.test)}
+    used |= set(dataset.train.names)  # which decide for all draws alike
     assert counts == {
         sweep.feature_options(methods["default"].config): len(used),
         sweep.feature_options(methods["other features"].config): len(used),
