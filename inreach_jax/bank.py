@@ -80,17 +80,19 @@ def make_bank(
     """
     image, patch = np.nonzero(multiplicity)
     count = len(image)
+    per_image = 0
     if span is not None:
-        per_image = np.unique(image, return_counts=True)[1]
-        limit = support.span_limit(num_images=len(per_image))
+        of_images = np.unique(image, return_counts=True)[1]
+        limit = support.span_limit(num_images=len(of_images))
         if not 1 <= span <= limit:
             raise ValueError(
-                f"span must be in [1, {limit}], of {len(per_image)} images; got {span}"
+                f"span must be in [1, {limit}], of {len(of_images)} images; got {span}"
             )
-        if len(set(per_image.tolist())) != 1 or rows.shape[0] != count:
+        per_image = int(of_images[0])
+        if (of_images != per_image).any() or rows.shape[0] != count:
             raise ValueError(
                 f"with a span every image must have equally many rows, and all {rows.shape[0]} be "
-                f"in use; got {sorted(set(per_image.tolist()))} per image, {count} in all"
+                f"in use; got {sorted(set(of_images.tolist()))} per image, {count} in all"
             )
     padding = (0, rows.shape[0] - count)
     valid = (jnp.arange(rows.shape[0]) < count)[:, None]
@@ -104,5 +106,5 @@ def make_bank(
         count=jnp.asarray(count, jnp.int32),
         span=None if span is None else jnp.asarray(span, jnp.int32),
         reference=reference,
-        per_image=0 if span is None else count // len(np.unique(image)),
+        per_image=per_image,
     )

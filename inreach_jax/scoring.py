@@ -42,13 +42,9 @@ def score_patches(
       Squared distances [B, P] float32 and the rows' indices [B, P] int32.
 
     Raises:
-      ValueError: D differs between the bank and the descriptors.
+      ValueError: D differs between the bank and the descriptors, or `exclude` is not [B].
     """
-    if descriptors.ndim != 3 or descriptors.shape[-1] != bank.rows.shape[-1]:
-        raise ValueError(
-            f"descriptors must be [B, P, {bank.rows.shape[-1]}], the bank's D; got "
-            f"{descriptors.shape}. Was the bank fitted with another backbone or configuration?"
-        )
+    _check_descriptors(bank, descriptors, exclude)
     shape = descriptors.shape[:2]
     if bank.span is not None:
         each = image_distances(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
@@ -97,7 +93,13 @@ def image_distances(
     Returns:
       Squared distances [N, B * P] float32, infinite to what is excluded or has no row kept, and the
       rows' indices [N, B * P] int32.
+
+    Raises:
+      ValueError: the bank has no span, or as `score_patches`.
     """
+    _check_descriptors(bank, descriptors, exclude)
+    if bank.span is None:
+        raise ValueError("bank must have a span; fit it with config.nominal = 'all'")
     queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
     each = (-1, bank.per_image)
     valid = jnp.arange(bank.rows.shape[0]) < bank.count
@@ -209,6 +211,20 @@ def scores_of_patches(
     if angles is not None:
         maps = rotate(maps[..., None], -angles)[..., 0]
     return Scores(image=image, maps=maps, patches=patches, nearest=nearest.reshape(shape))
+
+
+def _check_descriptors(
+    bank: NominalBank, descriptors: jax.Array, exclude: jax.Array | None
+) -> None:
+    if descriptors.ndim != 3 or descriptors.shape[-1] != bank.rows.shape[-1]:
+        raise ValueError(
+            f"descriptors must be [B, P, {bank.rows.shape[-1]}], the bank's D; got "
+            f"{descriptors.shape}. Was the bank fitted with another backbone or configuration?"
+        )
+    if exclude is not None and exclude.shape != descriptors.shape[:1]:
+        raise ValueError(
+            f"exclude must have one entry per image, {descriptors.shape[:1]}; got {exclude.shape}"
+        )
 
 
 def _root(x: jax.Array) -> jax.Array:

@@ -78,7 +78,7 @@ class NominalBank:
     centre: jax.Array  # [D] float32, mean of the nominal descriptors
     image: jax.Array  # [M] int32, index of the training image that a row comes from
     patch: jax.Array  # [M] int32, index of its patch
-    multiplicity: jax.Array  # [M] int32, kept channels that hold the patch
+    multiplicity: jax.Array  # [M] int32, kept channels that hold the patch; with a span 1
     count: jax.Array  # [] int32, rows in use
     span: jax.Array | None = None  # [] int32, realizations that must share a patch; None: any row
     reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are

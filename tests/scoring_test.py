@@ -420,3 +420,13 @@ def test_gradient_by_images_is_that_of_the_last_distance() -> None:
     np.add.at(expected, index, -difference)
     np.testing.assert_allclose(of_test, difference, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(of_rows, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    bank, test = _bank(_nominal()), _test()
+    with pytest.raises(
+        ValueError, match=r"exclude must have one entry per image, \(2,\); got \(3,\)"
+    ):
+        scoring.score_patches(bank, jnp.asarray(test), exclude=jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match="bank must have a span"):
+        scoring.image_distances(bank, jnp.asarray(test))
