@@ -22,7 +22,7 @@ from jax import lax
 
 from inreach_jax import NominalBank, distances
 from inreach_jax import bank as bank_lib
-from inreach_jax.pipeline import DescriptorSet
+from inreach_jax.extraction import DescriptorSet
 
 NOBODY = -1
 """In `exclude`, for an image that no row of the memory comes from."""

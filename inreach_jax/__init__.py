@@ -6,21 +6,17 @@ The training images may themselves contain anomalies, and nobody labels anything
 from inreach_jax.backbones import BACKBONES, Backbone, load_backbone
 from inreach_jax.checkpoint import restore_bank, save_bank
 from inreach_jax.config import PRESETS, InReachConfig
-from inreach_jax.pipeline import (
-    DescriptorSet,
-    extract,
-    fit,
-    fit_descriptors,
-    make_score_fn,
-    score_descriptor_set,
-    score_images,
-)
+from inreach_jax.extraction import DescriptorSet, extract
+from inreach_jax.fitting import fit, fit_descriptors
+from inreach_jax.pipeline import make_score_fn, score_descriptor_set, score_images
+from inreach_jax.store import Budget
 from inreach_jax.types import NominalBank, Scores
 
 __all__ = [
     "BACKBONES",
     "PRESETS",
     "Backbone",
+    "Budget",
     "DescriptorSet",
     "InReachConfig",
     "NominalBank",

@@ -1,14 +1,19 @@
 """Nominal patches -> NominalBank."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from inreach_jax import support
+from inreach_jax import sharding, support
 from inreach_jax.types import NominalBank
 
 # Banks of similar size share a shape, and thereby one compilation of whatever takes them.
 CAPACITY_MULTIPLE = 1024
+
+_CHUNK_ROWS = 128
 
 
 def bank_capacity(count: int) -> int:
@@ -18,7 +23,7 @@ def bank_capacity(count: int) -> int:
 
 def append_rows(
     rows: jax.Array, count: jax.Array, descriptors: jax.Array, nominal: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Copies the nominal patches of a block of images behind the rows already there.
 
     Args:
@@ -28,12 +33,11 @@ def append_rows(
       nominal: [B, P] bool.
 
     Returns:
-      The rows, of which those at and beyond the new count are undefined, and the new count.
+      The rows, of which those behind the nominal ones that were copied are undefined.
     """
     flat = descriptors.reshape(-1, descriptors.shape[-1])
     (index,) = jnp.nonzero(nominal.reshape(-1), size=flat.shape[0], fill_value=0)
-    rows = jax.lax.dynamic_update_slice_in_dim(rows, jnp.take(flat, index, axis=0), count, axis=0)
-    return rows, count + jnp.sum(nominal, dtype=jnp.int32)
+    return jax.lax.dynamic_update_slice_in_dim(rows, jnp.take(flat, index, axis=0), count, axis=0)
 
 
 def thin(*, num_images: int, num_patches: int, max_rows: int | None) -> np.ndarray:
@@ -52,8 +56,11 @@ def thin(*, num_images: int, num_patches: int, max_rows: int | None) -> np.ndarr
     """
     if max_rows is None or num_images * num_patches <= max_rows:
         return np.ones((num_images, num_patches), bool)
-    order = np.random.default_rng(0).random((num_images, num_patches)).argsort(axis=1)
-    return order < max(1, max_rows // num_images)
+    rng, per_image = np.random.default_rng(0), max(1, max_rows // num_images)
+    kept = np.zeros((num_images, num_patches), bool)
+    for of_image in kept:  # one at a time: what is drawn is eight times as large as what is kept
+        of_image[:] = rng.random(num_patches).argsort() < per_image
+    return kept
 
 
 def make_bank(
@@ -62,6 +69,7 @@ def make_bank(
     multiplicity: np.ndarray,
     span: int | None = None,
     reference: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> NominalBank:
     """A bank of rows in the order of (image, patch).
 
@@ -69,8 +77,9 @@ def make_bank(
       rows: [M, D] float32, M >= the number of nominal patches; the rest is padding.
       multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
       span: How many realizations must share a patch, in which case each image must have equally
-        many rows, and there is no padding; None where any row will do.
+        many rows, and the padding that of whole images; None where any row will do.
       reference: [h, w, 3] float32 that images were aligned to, if they were.
+      mesh: Of one axis, that the rows are sharded over; None for one device.
 
     Returns:
       The bank, with padding rows set to the centre.
@@ -89,22 +98,53 @@ def make_bank(
                 f"span must be in [1, {limit}], of {len(of_images)} images; got {span}"
             )
         per_image = int(of_images[0])
-        if (of_images != per_image).any() or rows.shape[0] != count:
+        if (of_images != per_image).any() or rows.shape[0] % per_image:
             raise ValueError(
-                f"with a span every image must have equally many rows, and all {rows.shape[0]} be "
-                f"in use; got {sorted(set(of_images.tolist()))} per image, {count} in all"
+                f"with a span every image must have equally many rows, and the {rows.shape[0]} "
+                f"rows be those of whole images; got {sorted(set(of_images.tolist()))} per image"
             )
     padding = (0, rows.shape[0] - count)
-    valid = (jnp.arange(rows.shape[0]) < count)[:, None]
-    centre = jnp.sum(jnp.where(valid, rows, 0), axis=0) / count
+
+    def per_row(x: np.ndarray) -> jax.Array:
+        padded = np.pad(x.astype(np.int32), padding)
+        return sharding.place(padded, mesh=mesh, spec=sharding.split(mesh))
+
+    of_count = sharding.place(np.int32(count), mesh=mesh)
+    # Summed at the end on the host, in an order and a precision that no sharding changes.
+    chunk = per_image or _CHUNK_ROWS
+    sums = sharding.fetch(_chunk_sums(rows, of_count, chunk=chunk, mesh=mesh))
+    mean = sums.astype(np.float64).sum(axis=0) / count
+    centre = sharding.place(mean.astype(np.float32), mesh=mesh)
     return NominalBank(
-        rows=jnp.where(valid, rows - centre[None, :], 0),
+        rows=_centre_rows(rows, centre, of_count, mesh=mesh),
         centre=centre,
-        image=jnp.asarray(np.pad(image.astype(np.int32), padding)),
-        patch=jnp.asarray(np.pad(patch.astype(np.int32), padding)),
-        multiplicity=jnp.asarray(np.pad(multiplicity[image, patch].astype(np.int32), padding)),
-        count=jnp.asarray(count, jnp.int32),
-        span=None if span is None else jnp.asarray(span, jnp.int32),
+        image=per_row(image),
+        patch=per_row(patch),
+        multiplicity=per_row(multiplicity[image, patch]),
+        count=of_count,
+        span=None if span is None else sharding.place(np.int32(span), mesh=mesh),
         reference=reference,
         per_image=per_image,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "mesh"))
+def _chunk_sums(rows: jax.Array, count: jax.Array, *, chunk: int, mesh: Mesh | None) -> jax.Array:
+    """[M / chunk, D], rounded up, on every device."""
+    used = jnp.where(_in_use(rows, count), rows, 0)
+    used = sharding.pad_first(used, multiple=chunk).reshape(-1, chunk, rows.shape[1])
+    # In order: how XLA groups a sum depends on the shape of the shard.
+    sums = jax.lax.fori_loop(1, chunk, lambda i, total: total + used[:, i], used[:, 0])
+    return sharding.constrain(sums, mesh=mesh, spec=sharding.whole())
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _centre_rows(
+    rows: jax.Array, centre: jax.Array, count: jax.Array, *, mesh: Mesh | None
+) -> jax.Array:
+    centred = jnp.where(_in_use(rows, count), rows - centre[None, :], 0)
+    return sharding.constrain(centred, mesh=mesh, spec=sharding.split(mesh))
+
+
+def _in_use(rows: jax.Array, count: jax.Array) -> jax.Array:
+    return (jnp.arange(rows.shape[0], dtype=jnp.int32) < count)[:, None]

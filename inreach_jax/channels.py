@@ -1,7 +1,7 @@
 """Members -> channels -> which patches are nominal.
 
 A channel is all the patches that share a channel id, so its statistics are segment sums. Those that
-need the descriptors (`channel_sums`, `member_radii`) work on any block of images and add up; all
+need the descriptors (`add_sums`, `member_radii`) work on any block of images and add up; all
 that is ever needed for every image at once are arrays with a number per patch.
 """
 
@@ -27,24 +27,37 @@ def channel_span(members: Members, *, num_channels: int) -> jax.Array:
     return 1 + _segment_sum(jnp.ones_like(segment), segment, num_channels)
 
 
-def channel_sums(seeds: jax.Array, images: jax.Array, members: Members) -> jax.Array:
-    """Per channel the sum of what its members differ by from its founder, the seed patch.
+def add_sums(
+    sums: jax.Array,
+    seeds: jax.Array,
+    images: jax.Array,
+    members: Members,
+    *,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """Adds to each channel's sum what its members differ by from its founder, the seed patch.
 
     Differences, because they are small where the channel is tight: the mean keeps all its bits.
-    The sums of several blocks of images add up.
+    One image after the other, so that the sums do not depend on how images are grouped.
 
     Args:
+      sums: [C, D] float32 of consecutive channels; zeros to begin with.
       seeds: [S, P, D] float32 descriptors of the seed images.
       images: [B, P, D] float32 descriptors.
       members: Of these B images.
+      first: The first of the C channels.
 
     Returns:
-      [S * P, D] float32; divided by the span, it is the mean less the founder.
+      [C, D] float32; divided by the span, it is the mean less the founder.
     """
     founders = seeds.reshape(-1, seeds.shape[-1])
     segment = _segments(members, founders.shape[0])
     founder = jnp.take(founders, segment, axis=0, mode="clip")
-    return _segment_sum(_received(images, members) - founder, segment, founders.shape[0])
+    here = segment - first
+    # Past the end nothing is added; before the beginning, indices would count from the end.
+    here = jnp.where((here < 0) | (segment == founders.shape[0]), sums.shape[0], here)
+    difference = _received(images, members) - founder
+    return sums.at[here.reshape(-1)].add(difference.reshape(-1, sums.shape[-1]), mode="drop")
 
 
 def member_radii(

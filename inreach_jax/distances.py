@@ -14,12 +14,17 @@ Every search follows the same rules.
 - Tiled: one product of `tile` rows at a time. The last tile overlaps the one before it rather than
   being padded, so nothing is copied and results do not depend on the tile.
 - Rows where `valid` is False are infinitely far away and are never a neighbour.
+- Sharded alike: with `axes`, queries and rows are those of one shard. The queries of all shards
+  search the rows of each, and what decides between shards is what decides within one: the products,
+  then the lowest index. So the neighbours do not depend on the number of shards.
 - NaN never hides: a NaN query has the distance NaN, and a valid NaN row gives it to every query.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from inreach_jax import sharding
 
 DEFAULT_TILE = 512
 
@@ -44,6 +49,8 @@ def nearest(
     *,
     centre: jax.Array | None = None,
     valid: jax.Array | None = None,
+    labels: tuple[jax.Array, jax.Array] | None = None,
+    axes: sharding.Axes = (),
     tile: int = DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
@@ -54,12 +61,16 @@ def nearest(
       rows: [M, D] float32, M >= 1.
       centre: [D] float32 that is subtracted from both sides; None where they are centred already.
       valid: [M] bool, rows that may be neighbours; None for all.
-      tile: Rows per product, >= 1. Needs tile * Q floats beside the inputs.
+      labels: [Q] int32 and [M] int32: a row with the label of a query is not its neighbour. None
+        where there are none.
+      axes: Mesh axes that queries and rows are sharded over: Q and M are then those of a shard,
+        and each shard has its own queries' neighbours among the rows of all. () for one device.
+      tile: Rows per product, >= 1. Needs tile * Q floats beside the inputs, Q of all shards.
       precision: Of the products that choose the neighbour.
 
     Returns:
       Squared distances [Q] float32 >= 0, differentiable in queries, rows and centre, and the
-      indices [Q] int32 of the rows. Where no row is valid: (inf, 0).
+      indices [Q] int32 of the rows among those of all shards. Where no row is valid: (inf, 0).
 
     Raises:
       ValueError: a shape does not fit, or tile < 1.
@@ -67,8 +78,18 @@ def nearest(
     _check_inputs(queries=queries, rows=rows, centre=centre, tile=tile)
     if valid is not None and valid.shape != rows.shape[:1]:
         raise ValueError(f"valid must have shape {rows.shape[:1]}; got {valid.shape}")
+    if labels is not None and tuple(x.shape for x in labels) != (
+        queries.shape[:1],
+        rows.shape[:1],
+    ):
+        raise ValueError(
+            f"labels must have shapes {queries.shape[:1]} and {rows.shape[:1]}; got "
+            f"{labels[0].shape} and {labels[1].shape}"
+        )
     num_rows = rows.shape[0]
     tile, num_tiles = _even_tiles(num_rows, tile)
+    queries = sharding.gather(queries, axes)
+    query_label = None if labels is None else sharding.gather(labels[0], axes)
     # Which row is nearest is piecewise constant: only the distance to it has a gradient.
     q, r = _for_products(queries), _for_products(rows)
     c = None if centre is None else _for_products(centre)[None, :]
@@ -85,15 +106,30 @@ def nearest(
         if valid is not None:  # not the norm alone: products with rows out of use may be NaN
             usable = lax.dynamic_slice_in_dim(valid, start, tile)
             relative = jnp.where(usable[:, None], relative, jnp.inf)
+        if labels is not None and query_label is not None:
+            row_label = lax.dynamic_slice_in_dim(labels[1], start, tile)
+            relative = jnp.where(row_label[:, None] == query_label[None, :], jnp.inf, relative)
         value, index = _lowest(relative, axis=0)
         return _closer(best, (value, index + start))
 
     varying = q_norm + r[0, 0] if valid is None else jnp.where(valid[0], q_norm, r[0, 0])
+    if labels is not None and query_label is not None:
+        varying = jnp.where(labels[1][0] == query_label, varying, r[0, 0])
     init = _like(varying, jnp.inf, jnp.float32), _like(varying, 0, jnp.int32)
     value, index = lax.fori_loop(0, num_tiles, search, init)
     exact = squared_distance(queries, jnp.take(rows, index, axis=0))
     # Infinite where no row is valid, and NaN as explained above.
-    return jnp.where(jnp.isfinite(value), exact, value + q_norm), index
+    exact = jnp.where(jnp.isfinite(value), exact, value + q_norm)
+    if not axes:
+        return exact, index
+    index += sharding.first_row(num_rows, axes)
+    value, exact, index = (sharding.exchange(x[None], axes) for x in (value, exact, index))
+    _, shard = _lowest(value, axis=0)
+    shard = jnp.minimum(shard, value.shape[0] - 1)[None]  # where NaN attains no minimum
+    exact = jnp.take_along_axis(exact, shard, axis=0)[0]
+    # NaN of any shard must show.
+    exact = jnp.where(jnp.any(jnp.isnan(value), axis=0), jnp.nan, exact)
+    return exact, jnp.take_along_axis(index, shard, axis=0)[0]
 
 
 def nearest_each(
@@ -102,6 +138,7 @@ def nearest_each(
     *,
     centre: jax.Array | None = None,
     valid: jax.Array | None = None,
+    axes: sharding.Axes = (),
     tile: int = DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
@@ -112,23 +149,26 @@ def nearest_each(
       groups: [N, R, D] float32, N groups of R >= 1 rows.
       centre: As for `nearest`.
       valid: [N, R] bool, rows that may be neighbours; None for all.
-      tile: Rows per product, >= 1. Needs tile * Q floats beside the inputs.
+      axes: Mesh axes that queries and groups are sharded over: Q and N are then those of a shard.
+      tile: As for `nearest`.
       precision: Of the products that choose the neighbours.
 
     Returns:
       Squared distances [N, Q] float32, differentiable like those of `nearest`, and the indices
-      [N, Q] int32 of the rows within their group. Where no row of a group is valid: (inf, 0).
+      [N, Q] int32 of the rows within their group. Where no row of a group is valid: (inf, 0). With
+      `axes`, N is that of all shards.
 
     Raises:
       ValueError: as `nearest`.
     """
+    queries = sharding.gather(queries, axes)
 
     def of_group(group: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
         rows, usable = group
         return nearest(queries, rows, centre=centre, valid=usable, tile=tile, precision=precision)
 
-    result: tuple[jax.Array, jax.Array] = lax.map(of_group, (groups, valid))
-    return result
+    value, index = lax.map(of_group, (groups, valid))
+    return sharding.exchange(value, axes), sharding.exchange(index, axes)
 
 
 def mutual_nearest(

@@ -1,102 +1,39 @@
-"""Images -> bank -> scores: composition only.
+"""Images x bank -> scores: composition only.
 
-Two levels. `make_score_fn` gives a pure function for use inside other programs. `extract`,
-`fit_descriptors`, `fit` and `score_images` drive jitted steps from the host, a block of images at a
-time, so that any iterable of images will do, each step compiles once per shape, and progress can
-be shown.
+Two levels. `make_score_fn` gives a pure function for use inside other programs. `score_images` and
+`score_descriptor_set` drive jitted steps from the host, a block of images at a time, so that each
+step compiles once per shape, memory does not grow with the number of images, and progress can be
+shown.
 """
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
-from inreach_jax import bank as bank_lib
-from inreach_jax import channels as channels_lib
 from inreach_jax import descriptors as descriptors_lib
+from inreach_jax import extraction, scoring, sharding
 from inreach_jax import images as images_lib
-from inreach_jax import scoring, support
-from inreach_jax.association import associate, select_members
 from inreach_jax.backbones import Backbone, BackboneSpec
 from inreach_jax.config import InReachConfig
-from inreach_jax.types import UNMATCHED, Channels, Members, NominalBank, Scores
-
-_MIN_IMAGES = 3
-
-Images = np.ndarray | Iterable[np.ndarray]
-"""uint8 RGB: an array [N, H, W, 3], or anything that yields [H, W, 3], whose sizes may differ."""
-
-
-class Progress(Protocol):
-    """Called after each step of a phase with what is done and, where it is known, the total."""
-
-    def __call__(self, phase: str, done: int, total: int | None) -> None:
-        """`phase` is under way: `done` of `total` images, the total None where it is unknown."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DescriptorSet:
-    """The descriptors of N images, in blocks of equally many; the last is padded.
-
-    Attributes:
-      blocks: Each [B, P, D] float32, position appended where it is used.
-      num_images: N.
-      grid: (Hp, Wp).
-      positional: Whether position is appended.
-      reference: [h, w, 3] float32 that the images were aligned to, if they were.
-      angles: One [B] float32 per block, degrees that the images were turned by, if they were.
-    """
-
-    blocks: Sequence[jax.Array]
-    num_images: int
-    grid: tuple[int, int]
-    positional: bool
-    reference: jax.Array | None = None
-    angles: Sequence[jax.Array] | None = None
-
-    def enumerate(self) -> Iterator[tuple[slice, jax.Array]]:
-        """Each block with the images in it, the padding of the last one not counted."""
-        start = 0
-        for block in self.blocks:
-            stop = min(start + len(block), self.num_images)
-            yield slice(start, stop), block
-            start = stop
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> "DescriptorSet":
-        """The descriptors of some images, in the order of `indices`, in blocks of the same size."""
-        size = self.blocks[0].shape[0]
-        padded = np.pad(np.asarray(indices), (0, -len(indices) % size), mode="edge")
-        chunks = padded.reshape(-1, size).tolist()
-
-        def pick(blocks: Sequence[jax.Array]) -> list[jax.Array]:
-            return [jnp.stack([blocks[i // size][i % size] for i in chunk]) for chunk in chunks]
-
-        return dataclasses.replace(
-            self,
-            blocks=pick(self.blocks),
-            num_images=len(indices),
-            angles=None if self.angles is None else pick(self.angles),
-        )
-
-    def first(self, num: int) -> jax.Array:
-        """[num, P, D]: the descriptors of the first images."""
-        size = self.blocks[0].shape[0]
-        return jnp.concatenate(self.blocks[: -(-num // size)])[:num]
+from inreach_jax.extraction import DescriptorSet, Feed, Images, Progress
+from inreach_jax.types import NominalBank, Scores
 
 
 def make_score_fn(
-    backbone: Backbone, config: InReachConfig
+    backbone: Backbone, config: InReachConfig, *, mesh: Mesh | None = None
 ) -> Callable[[Any, NominalBank, jax.Array], Scores]:
     """The whole way from images to scores as one pure function.
 
     Args:
       backbone: Only its architecture is used: the variables are an argument of the function.
       config: That the bank was fitted with.
+      mesh: Devices that share the images and the bank's rows, whatever its axes and their types;
+        None where one device has everything, or where XLA is to decide. A bank that
+        `scoring.shard_bank` has placed is not moved at each call.
 
     Returns:
       `score(variables, bank, images)`: variables as `backbone.variables`; images [B, H, W, 3] uint8
@@ -108,43 +45,29 @@ def make_score_fn(
         if the images or the bank have the wrong shape.
     """
     spec = backbone.spec
-    _taps(spec, config)
+    extraction.spec_taps(spec, config=config)
+    axes, whole, split = sharding.mesh_axes(mesh), sharding.whole(), sharding.split(mesh)
+
+    def of_shard(variables: Any, bank: NominalBank, images: jax.Array) -> Scores:
+        crops = images_lib.resize_and_crop(images, config=config)
+        return score_crops(variables, bank, crops, spec=spec, config=config, axes=axes)
 
     def score(variables: Any, bank: NominalBank, images: jax.Array) -> Scores:
         images_lib.check_images(images)
-        crops = images_lib.resize_and_crop(images, config=config)
-        return score_crops(variables, bank, crops, spec=spec, config=config)
+        if mesh is None:
+            return of_shard(variables, bank, images)
+        num = images.shape[0]
+        images = sharding.pad_first(images, multiple=sharding.num_shards(mesh))
+        bank = scoring.shard_bank(bank, mesh=mesh)
+        scores = sharding.shard_map(
+            of_shard,
+            mesh=mesh,
+            in_specs=(whole, scoring.bank_specs(bank, mesh=mesh), split),
+            out_specs=split,
+        )(variables, bank, images)
+        return jax.tree.map(lambda x: sharding.cut_first(x, num=num, mesh=mesh), scores)
 
     return score
-
-
-def patch_grid(backbone: Backbone, config: InReachConfig) -> tuple[int, int]:
-    """(Hp, Wp), the grid of patches on a crop."""
-    crops = jax.ShapeDtypeStruct((1, *config.crop, 3), jnp.float32)
-    levels = functools.partial(_levels, spec=backbone.spec, config=config)
-    height, width = jax.eval_shape(levels, backbone.variables, crops)[0].shape[1:3]
-    return height, width
-
-
-def describe_crops(
-    variables: Any, crops: jax.Array, *, spec: BackboneSpec, config: InReachConfig
-) -> tuple[jax.Array, tuple[int, int]]:
-    """Patch descriptors without position.
-
-    Args:
-      variables: Of the backbone.
-      crops: [B, h, w, 3] float32 in [0, 255], as `images.resize_and_crop` makes them.
-      spec: The backbone's.
-      config: All options up to `descriptor_dim` are used.
-
-    Returns:
-      [B, P, D] float32, and the grid (Hp, Wp).
-    """
-    levels = _levels(variables, crops, spec=spec, config=config)
-    descriptors = descriptors_lib.describe(
-        levels, level_dim=config.level_dim, descriptor_dim=config.descriptor_dim
-    )
-    return descriptors, (levels[0].shape[1], levels[0].shape[2])
 
 
 def score_crops(
@@ -154,6 +77,8 @@ def score_crops(
     *,
     spec: BackboneSpec,
     config: InReachConfig,
+    exclude: jax.Array | None = None,
+    axes: sharding.Axes = (),
 ) -> Scores:
     """Scores of images that are resized and cropped already; pure.
 
@@ -163,6 +88,8 @@ def score_crops(
       crops: [B, h, w, 3] float32 in [0, 255].
       spec: The backbone's.
       config: That the bank was fitted with.
+      exclude: As for `scoring.score_patches`.
+      axes: Likewise.
 
     Returns:
       Scores of the B images.
@@ -178,238 +105,19 @@ def score_crops(
                 "reference; use the config that the bank was fitted with"
             )
         crops, angles = images_lib.align(crops, bank.reference)
-    descriptors, grid = describe_crops(variables, crops, spec=spec, config=config)
+    descriptors, grid = extraction.describe_crops(variables, crops, spec=spec, config=config)
     if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
         where = descriptors_lib.position(grid, weight=config.position_weight)
         descriptors = descriptors_lib.append_position(descriptors, where)
-    return scoring.score_descriptors(bank, descriptors, grid=grid, config=config, angles=angles)
-
-
-def extract(
-    backbone: Backbone,
-    images: Images,
-    *,
-    config: InReachConfig,
-    positional: bool | None = None,
-    reference: jax.Array | None = None,
-    batch_size: int = 8,
-    progress: Progress | None = None,
-) -> DescriptorSet:
-    """Descriptors of a set of images.
-
-    Args:
-      backbone: With its variables.
-      images: N >= 1 of them.
-      config: All options up to `position_weight` are used.
-      positional: Whether to append position; None for what `config.positional` says.
-      reference: [h, w, 3] float32 to align to where `config.alignment` asks for it; None for the
-        first image.
-      batch_size: B, images per block.
-      progress: Told after each block, phase "features".
-
-    Returns:
-      The descriptors, in the order of the images.
-
-    Raises:
-      ValueError: there are no images, one is not uint8 [H, W, 3], or the features of one are not
-        finite.
-    """
-    spec = backbone.spec
-    _taps(spec, config)
-    total = _length(images)
-    blocks: list[jax.Array] = []
-    angles: list[jax.Array] | None = None
-    if config.alignment == "none":
-        reference = None
-    else:
-        angles = []
-    crop_sum = jnp.zeros((*config.crop, 3), jnp.float32)
-    done = 0
-    for crops, num in _crops(images, config=config, batch_size=batch_size):
-        if angles is not None:
-            reference = crops[0] if reference is None else reference
-            crops, turned_by = _align(crops, reference)
-            angles.append(turned_by)
-        block, finite, block_sum = _extract_block(
-            backbone.variables, crops, np.arange(batch_size) < num, spec=spec, config=config
-        )
-        if not np.all(finite):
-            raise ValueError(
-                f"features of images[{done + int(np.argmin(finite))}] are not finite; are the "
-                f"weights of {backbone.name} intact?"
-            )
-        crop_sum += block_sum
-        blocks.append(block)
-        done += num
-        if progress is not None:
-            progress("features", done, total)
-    if not blocks:
-        raise ValueError("images is empty; at least one is needed")
-    grid = patch_grid(backbone, config)
-    if positional is None:
-        positional = config.positional == "on" or (
-            config.positional == "auto" and bool(images_lib.is_positional(crop_sum / done))
-        )
-    if positional:
-        where = descriptors_lib.position(grid, weight=config.position_weight)
-        for i, block in enumerate(blocks):  # one at a time: the set is not held twice
-            blocks[i] = _append_position(block, where)
-    return DescriptorSet(
-        blocks=blocks,
-        num_images=done,
+    return scoring.score_descriptors(
+        bank,
+        descriptors,
         grid=grid,
-        positional=positional,
-        reference=reference,
+        config=config,
         angles=angles,
+        exclude=exclude,
+        axes=axes,
     )
-
-
-def fit_descriptors(
-    descriptors: DescriptorSet, *, config: InReachConfig, progress: Progress | None = None
-) -> NominalBank:
-    """The bank of images whose descriptors are known.
-
-    Args:
-      descriptors: Of N training images. Where `config.nominal` is "channels" the first ones are the
-        seeds; otherwise their order does not matter beyond which of them are.
-      config: All options from `nominal` to `max_channel_std` are used.
-      progress: Told after each block, phases "association", "channels" and "bank" ("association"
-        and "bank" where `config.nominal` is "all").
-
-    Returns:
-      The nominal bank.
-
-    Raises:
-      ValueError: there are too few images (three, or with "channels" `num_seeds`), or no channel
-        survives.
-    """
-    _check_count(descriptors.num_images, config)
-    tell = progress or (lambda phase, done, total: None)
-    if config.nominal == "all":
-        return _fit_all(descriptors, config=config, progress=tell)
-    members = _associate_all(descriptors, config=config, progress=tell)
-    channels = _find_channels(descriptors, members, config=config, progress=tell)
-    multiplicity = np.asarray(channels.multiplicity)
-    if not multiplicity.any():
-        raise ValueError(_no_channel_message(channels, descriptors.num_images, config))
-    return _collect(descriptors, multiplicity, progress=tell)
-
-
-def _fit_all(
-    descriptors: DescriptorSet, *, config: InReachConfig, progress: Progress
-) -> NominalBank:
-    """The bank of all patches, and the span that the seeds show to be asked for."""
-    num_images, size = descriptors.num_images, descriptors.blocks[0].shape[0]
-    seed_index = support.spread_seeds(num_images=num_images, num_seeds=config.num_seeds)
-    of_seeds = descriptors.select(seed_index)
-    seeds = of_seeds.first(len(seed_index))
-    spreads = []
-    for images, block in of_seeds.enumerate():
-        num = images.stop - images.start
-        index = np.pad(seed_index[images], (0, size - num), mode="edge")
-        spreads.append(_seed_distances(seeds, block, seed_index, index)[:num])
-        progress("association", images.stop, len(seed_index))
-    growth = float(_growth_exponent(jnp.concatenate(spreads)))
-    span = support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=num_images)
-    kept = bank_lib.thin(
-        num_images=num_images, num_patches=seeds.shape[1], max_rows=config.max_bank_rows
-    )
-    return _collect(descriptors, kept.astype(np.int32), span=span, progress=progress)
-
-
-def _associate_all(
-    descriptors: DescriptorSet, *, config: InReachConfig, progress: Progress
-) -> Members:
-    """Members of all N images, block by block."""
-    seeds = descriptors.first(config.num_seeds)
-    blocks = []
-    for images, block in descriptors.enumerate():
-        index = np.arange(images.start, images.start + len(block), dtype=np.int32)
-        blocks.append(jax.device_get(_associate_block(seeds, block, index, config=config)))
-        progress("association", images.stop, descriptors.num_images)
-    members: Members = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), *blocks)
-    return jax.tree.map(lambda x: x[: descriptors.num_images], members)
-
-
-def _find_channels(
-    descriptors: DescriptorSet, members: Members, *, config: InReachConfig, progress: Progress
-) -> Channels:
-    """Channels of all N images: two passes over the blocks, none where radii do not matter."""
-    seeds = descriptors.first(config.num_seeds)
-    radii = np.zeros(members.channel.shape, np.float32)
-    founder_radii: jax.Array | np.ndarray = np.zeros(seeds.shape[0] * seeds.shape[1], np.float32)
-    if config.radius_filter != "none":
-        offset = jnp.zeros((len(founder_radii), seeds.shape[2]), jnp.float32)
-        for images, block in descriptors.enumerate():
-            offset = _add_sums(offset, seeds, block, _of_block(members, images, len(block)))
-        offset, founder_radii = _mean_offset(offset, members)
-        for images, block in descriptors.enumerate():
-            of_block = _member_radii(seeds, offset, block, _of_block(members, images, len(block)))
-            radii[images] = np.asarray(of_block)[: images.stop - images.start]
-            progress("channels", images.start, descriptors.num_images)
-    channels = jax.block_until_ready(_filter_channels(members, radii, founder_radii, config=config))
-    progress("channels", descriptors.num_images, descriptors.num_images)
-    return channels
-
-
-def _collect(
-    descriptors: DescriptorSet,
-    multiplicity: np.ndarray,
-    *,
-    span: int | None = None,
-    progress: Progress,
-) -> NominalBank:
-    """The bank of the patches whose multiplicity, [N, P] int32, is positive."""
-    nominal = int(np.count_nonzero(multiplicity))
-    capacity = bank_lib.bank_capacity(nominal) if span is None else nominal
-    size, num_patches, dim = descriptors.blocks[0].shape
-    rows = jnp.zeros((capacity + size * num_patches, dim), jnp.float32)
-    count = jnp.zeros((), jnp.int32)
-    for images, block in descriptors.enumerate():
-        of_block = np.zeros((size, num_patches), bool)
-        of_block[: images.stop - images.start] = multiplicity[images] > 0
-        rows, count = _append_rows(rows, count, block, of_block)
-        progress("bank", images.stop, descriptors.num_images)
-    return bank_lib.make_bank(
-        rows[:capacity],
-        multiplicity=multiplicity,
-        span=span,
-        reference=descriptors.reference,
-    )
-
-
-def fit(
-    backbone: Backbone,
-    images: Images,
-    *,
-    config: InReachConfig = InReachConfig(),
-    batch_size: int = 8,
-    progress: Progress | None = None,
-) -> NominalBank:
-    """Finds what is nominal in unlabelled images, some of which may be anomalous.
-
-    Args:
-      backbone: From `load_backbone`.
-      images: N training images, read once, in order. Where `config.nominal` is "channels" the first
-        `config.num_seeds` are the seeds.
-      config: The options.
-      batch_size: Images per step. Bounds the memory of a step; the result does not depend on it
-        beyond rounding.
-      progress: Told after each step: phases "features", "association", "channels", "bank".
-
-    Returns:
-      The nominal bank, for `make_score_fn`.
-
-    Raises:
-      ValueError: an image is not uint8 [H, W, 3], there are too few (three, or with "channels"
-        `num_seeds`), features are not finite, or no channel survives the filter (the message says
-        which option to loosen).
-    """
-    total = _length(images)
-    if total is not None:  # before any long work
-        _check_count(total, config)
-    descriptors = extract(backbone, images, config=config, batch_size=batch_size, progress=progress)
-    return fit_descriptors(descriptors, config=config, progress=progress)
 
 
 def score_images(
@@ -419,6 +127,8 @@ def score_images(
     *,
     config: InReachConfig,
     batch_size: int = 8,
+    leave_out: bool = False,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Scores]:
     """Scores any number of images, a block at a time.
@@ -428,23 +138,47 @@ def score_images(
       bank: The nominal bank.
       images: To be scored.
       config: That the bank was fitted with.
-      batch_size: Images per step.
+      batch_size: Images per device and step.
+      leave_out: The images are the ones that the bank was fitted on, in the same order, and the
+        patches of each are left out of the bank while it is scored.
+      mesh: Devices that share the images and the bank's rows; None for the default device.
       progress: Told after each step, phase "scoring".
 
     Yields:
-      Scores of up to `batch_size` images, as NumPy arrays, in order.
+      Scores of the images of each step, as NumPy arrays, in order; in every process.
 
     Raises:
       ValueError: an image is not uint8 [H, W, 3], or the bank does not fit backbone and config.
     """
-    total = _length(images)
+    mesh = sharding.flat_mesh(mesh)
+    with sharding.alone():
+        feed = Feed(images, config=config, batch_size=batch_size, mesh=mesh)
+        variables = jax.tree.map(lambda x: sharding.place(x, mesh=mesh), backbone.variables)
+        bank = scoring.shard_bank(bank, mesh=mesh)
     done = 0
-    for crops, num in _crops(images, config=config, batch_size=batch_size):
-        scores = _score_crops(backbone.variables, bank, crops, spec=backbone.spec, config=config)
-        done += num
-        yield _first(scores, num)
+    for number in itertools.count():
+        with sharding.alone():
+            found = feed.crops(number)
+            if found is None:
+                return
+            crops, num = found
+            index = extraction.image_index(start=done, size=len(crops), mesh=mesh)
+            scores = _score_crops(
+                variables,
+                bank,
+                crops,
+                extraction.image_index(start=done, size=len(crops), mesh=mesh)
+                if leave_out
+                else None,
+                spec=backbone.spec,
+                config=config,
+                mesh=mesh,
+            )
+            done += num
+            of_block = _first(scores, num)
+        yield of_block
         if progress is not None:
-            progress("scoring", done, total)
+            progress("scoring", done, feed.num_images)
 
 
 def score_descriptor_set(
@@ -461,194 +195,95 @@ def score_descriptor_set(
       bank: The nominal bank.
       descriptors: Made with the same backbone and config, and with position if the bank has it.
       config: That the bank was fitted with.
-      leave_out: The images are the ones that the bank was fitted on, in the same order, and the
-        patches of each are left out of the bank while it is scored.
+      leave_out: As for `score_images`.
       progress: Told after each block, phase "scoring".
 
     Yields:
-      Scores of the images of each block, as NumPy arrays, in order.
+      Scores of the images of each block, as NumPy arrays, in order; in every process.
 
     Raises:
       ValueError: the bank has another D.
     """
+    mesh = descriptors.mesh
+    with sharding.alone():
+        bank = scoring.shard_bank(bank, mesh=mesh)
     angles: Iterable[jax.Array | None] = descriptors.angles or [None] * len(descriptors.blocks)
     for (images, block), turned_by in zip(descriptors.enumerate(), angles, strict=True):
-        index = np.arange(images.start, images.start + len(block), dtype=np.int32)
-        scores = _score_descriptors(
-            bank,
-            block,
-            grid=descriptors.grid,
-            config=config,
-            angles=turned_by,
-            exclude=index if leave_out else None,
-        )
-        yield _first(scores, images.stop - images.start)
+        with sharding.alone():
+            index = extraction.image_index(start=images.start, size=len(block), mesh=mesh)
+            scores = _score_descriptors(
+                bank,
+                block,
+                turned_by,
+                extraction.image_index(start=images.start, size=len(block), mesh=mesh)
+                if leave_out
+                else None,
+                grid=descriptors.grid,
+                config=config,
+                mesh=mesh,
+            )
+            of_block = _first(scores, images.stop - images.start)
+        yield of_block
         if progress is not None:
             progress("scoring", images.stop, descriptors.num_images)
 
 
 def _first(scores: Scores, num: int) -> Scores:
     """The first images' scores, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x)[:num], scores)
+    return jax.tree.map(lambda x: sharding.fetch(x)[:num], scores)
 
 
-def _taps(spec: BackboneSpec, config: InReachConfig) -> tuple[int, ...]:
-    taps = spec.default_taps if config.taps is None else config.taps
-    if taps[-1] >= spec.num_blocks:
-        raise ValueError(
-            f"taps {taps}: {spec.name} has blocks 0 to {spec.num_blocks - 1}; choose among them"
-        )
-    return taps
-
-
-def _levels(
-    variables: Any, crops: jax.Array, *, spec: BackboneSpec, config: InReachConfig
-) -> tuple[jax.Array, ...]:
-    x = images_lib.normalize(crops, mean=spec.mean, std=spec.std, config=config)
-    return spec.apply(
-        variables, x, taps=_taps(spec, config), batch_statistics=config.batch_norm == "image"
-    )
-
-
-def _length(images: Images) -> int | None:
-    return len(images) if isinstance(images, Sized) else None
-
-
-def _of_block(members: Members, images: slice, size: int) -> Members:
-    """Members of a block of `size` images; those that pad it belong to no channel."""
-    padding = ((0, size - (images.stop - images.start)), (0, 0))
-    return Members(
-        channel=jnp.pad(members.channel[images], padding, constant_values=UNMATCHED),
-        patch=jnp.pad(members.patch[images], padding),
-    )
-
-
-def _check_count(num_images: int, config: InReachConfig) -> None:
-    if config.nominal == "all":
-        if min(num_images, config.num_seeds) < _MIN_IMAGES:
-            raise ValueError(
-                f"how well images support one another takes at least {_MIN_IMAGES} training images "
-                f"and num_seeds; got {num_images} and {config.num_seeds}"
-            )
-        return
-    if num_images < config.num_seeds:
-        raise ValueError(
-            f"{num_images} training images are fewer than num_seeds = {config.num_seeds}; add "
-            "images or lower num_seeds"
-        )
-    if num_images <= config.min_channel_length:
-        raise ValueError(
-            f"a channel of {num_images} training images can never be longer than "
-            f"min_channel_length = {config.min_channel_length}; add images or lower it"
-        )
-
-
-def _no_channel_message(channels: Channels, num_images: int, config: InReachConfig) -> str:
-    longest = int(channels.span.max())
-    if longest <= config.min_channel_length:
-        return (
-            f"no channel survives: the longest spans {longest} of {num_images} images, and more "
-            f"than min_channel_length = {config.min_channel_length} is asked for; lower it, or "
-            "raise num_seeds"
-        )
-    return (
-        f"no channel survives: the longest spans {longest} of {num_images} images, but the radius "
-        f"filter leaves none with more than min_channel_length = {config.min_channel_length}; "
-        f"raise max_channel_std = {config.max_channel_std}, or set radius_filter to 'none'"
-    )
-
-
-def _crops(
-    images: Images, *, config: InReachConfig, batch_size: int
-) -> Iterator[tuple[jax.Array, int]]:
-    """Batches [batch_size, h, w, 3] float32 and how many of each are not padding."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1; got {batch_size}")
-    if isinstance(images, np.ndarray | jax.Array):
-        images_lib.check_images(images)
-    position = 0
-    for batch in _batched(images, batch_size):
-        for i, image in enumerate(batch):
-            images_lib.check_images(image[None], name=f"images[{position + i}:][:1]")
-        position += len(batch)
-        num = len(batch)
-        batch += [batch[-1]] * (batch_size - num)
-        if len({image.shape for image in batch}) == 1:
-            yield _resize_and_crop(np.stack(batch), config=config), num
-        else:
-            crops = [_resize_and_crop(image[None], config=config) for image in batch]
-            yield jnp.concatenate(crops), num
-
-
-def _batched(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    iterator = iter(images)
-    while batch := [np.asarray(image) for image in itertools.islice(iterator, size)]:
-        yield batch
-
-
-_resize_and_crop = jax.jit(images_lib.resize_and_crop, static_argnames="config")
-_align = jax.jit(images_lib.align)
-_append_position = jax.jit(descriptors_lib.append_position)
-_append_rows = jax.jit(bank_lib.append_rows, donate_argnums=0)
-_member_radii = jax.jit(channels_lib.member_radii)
-_growth_exponent = jax.jit(support.growth_exponent)
-_score_descriptors = jax.jit(scoring.score_descriptors, static_argnames=("grid", "config"))
-_score_crops = jax.jit(score_crops, static_argnames=("spec", "config"))
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "config"))
-def _extract_block(
-    variables: Any, crops: jax.Array, valid: jax.Array, *, spec: BackboneSpec, config: InReachConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Descriptors, which images' are finite, and the sum of the valid crops."""
-    descriptors, _ = describe_crops(variables, crops, spec=spec, config=config)
-    finite = jnp.isfinite(descriptors).all(axis=(1, 2))
-    valid_crops = jnp.where(valid[:, None, None, None], crops, 0)
-    return descriptors, finite, jnp.sum(valid_crops, axis=0)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _associate_block(
-    seeds: jax.Array, block: jax.Array, image_index: jax.Array, *, config: InReachConfig
-) -> Members:
-    association = associate(seeds, block, image_index=image_index, config=config)
-    return select_members(association, config=config)
-
-
-@jax.jit
-def _seed_distances(
-    seeds: jax.Array, block: jax.Array, seed_index: np.ndarray, image_index: np.ndarray
-) -> jax.Array:
-    return support.seed_distances(
-        seeds, block, seed_index=jnp.asarray(seed_index), image_index=jnp.asarray(image_index)
-    )
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _add_sums(sums: jax.Array, seeds: jax.Array, block: jax.Array, members: Members) -> jax.Array:
-    return sums + channels_lib.channel_sums(seeds, block, members)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _mean_offset(sums: jax.Array, members: Members) -> tuple[jax.Array, jax.Array]:
-    """Channels' means less their founders, and the length of that: the founders' radii."""
-    span = channels_lib.channel_span(members, num_channels=sums.shape[0])
-    offset = sums / span.astype(sums.dtype)[:, None]
-    return offset, jnp.sqrt(jnp.sum(offset * offset, axis=-1))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _filter_channels(
-    members: Members,
-    radii: jax.Array | np.ndarray,
-    founder_radii: jax.Array | np.ndarray,
+@functools.partial(jax.jit, static_argnames=("spec", "config", "mesh"))
+def _score_crops(
+    variables: Any,
+    bank: NominalBank,
+    crops: jax.Array,
+    exclude: jax.Array | None,
     *,
+    spec: BackboneSpec,
     config: InReachConfig,
-) -> Channels:
-    return channels_lib.filter_channels(
-        members,
-        jnp.asarray(radii),
-        jnp.asarray(founder_radii),
-        num_seeds=config.num_seeds,
-        config=config,
-    )
+    mesh: Mesh | None,
+) -> Scores:
+    axes, split = sharding.mesh_axes(mesh), sharding.split(mesh)
+    scores: Scores = sharding.shard_map(
+        lambda variables, bank, crops, exclude: score_crops(
+            variables, bank, crops, spec=spec, config=config, exclude=exclude, axes=axes
+        ),
+        mesh=mesh,
+        in_specs=(
+            sharding.whole(),
+            scoring.bank_specs(bank, mesh=mesh),
+            split,
+            None if exclude is None else split,
+        ),
+        out_specs=split,
+    )(variables, bank, crops, exclude)
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "config", "mesh"))
+def _score_descriptors(
+    bank: NominalBank,
+    block: jax.Array,
+    angles: jax.Array | None,
+    exclude: jax.Array | None,
+    *,
+    grid: tuple[int, int],
+    config: InReachConfig,
+    mesh: Mesh | None,
+) -> Scores:
+    axes, split = sharding.mesh_axes(mesh), sharding.split(mesh)
+    scores: Scores = sharding.shard_map(
+        lambda bank, block, angles, exclude: scoring.score_descriptors(
+            bank, block, grid=grid, config=config, angles=angles, exclude=exclude, axes=axes
+        ),
+        mesh=mesh,
+        in_specs=(
+            scoring.bank_specs(bank, mesh=mesh),
+            split,
+            None if angles is None else split,
+            None if exclude is None else split,
+        ),
+        out_specs=split,
+    )(bank, block, angles, exclude)
+    return scores

@@ -1,17 +1,22 @@
 """Bank x descriptors -> scores per patch, per pixel and per image."""
 
+import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
-from inreach_jax import distances, support
+from inreach_jax import distances, sharding, support
 from inreach_jax.config import InReachConfig
 from inreach_jax.images import rotate
-from inreach_jax.types import NominalBank, Scores
+from inreach_jax.types import PER_ROW, NominalBank, Scores
+
+# Bytes of distances to all training images at a time: what scoring needs beside its inputs.
+_CHUNK_BYTES = 2**28
 
 _TRUNCATE = 4.0  # standard deviations, SciPy's default, which the published figures were made with
 
@@ -21,6 +26,7 @@ def score_patches(
     descriptors: jax.Array,
     *,
     exclude: jax.Array | None = None,
+    axes: sharding.Axes = (),
     tile: int = distances.DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
@@ -34,8 +40,10 @@ def score_patches(
       descriptors: [B, P, D] float32.
       exclude: [B] int32, of which training image the rows are no neighbours of each image: its own
         index, to score the training images themselves. None for no image.
-      tile: Bank rows per product; tile * B * P floats are needed beside the inputs, and with a span
-        of N images about 4 * N * B * P more.
+      axes: Mesh axes that the images and what the bank has per row are sharded over, as
+        `shard_bank` does it: they are then those of a shard. () for one device.
+      tile: Bank rows per product; tile * B * P floats are needed beside the inputs, B of all
+        shards. With a span, `span_chunk` images are searched at a time instead.
       precision: Of the products.
 
     Returns:
@@ -47,28 +55,106 @@ def score_patches(
     _check_descriptors(bank, descriptors, exclude)
     shape = descriptors.shape[:2]
     if bank.span is not None:
-        each = image_distances(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
-        value, row = support.spread_at(*each, span=bank.span)
-        return value.reshape(shape), row.reshape(shape)
-    valid = jnp.arange(bank.rows.shape[0]) < bank.count
 
-    def search(queries: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return distances.nearest(
-            queries - bank.centre[None, :],
-            bank.rows,
-            valid=valid,
-            tile=tile,
-            precision=precision,
-        )
+        def of_chunk(chunk: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+            each = image_distances(
+                bank, chunk[0], exclude=chunk[1], axes=axes, tile=tile, precision=precision
+            )
+            return support.spread_at(*each, span=jnp.asarray(bank.span))
 
-    if exclude is not None:
-        of_images: tuple[jax.Array, jax.Array] = lax.map(
-            lambda image: search(image[0], valid & (bank.image != image[1])),
+        size = span_chunk(bank, num_images=shape[0], num_patches=shape[1], axes=axes)
+        chunks = jax.tree.map(
+            lambda x: x.reshape(-1, size, *x.shape[1:]),
             (descriptors, exclude),
         )
-        return of_images
-    value, row = search(descriptors.reshape(-1, descriptors.shape[-1]), valid)
+        value, row = lax.map(of_chunk, chunks)
+        return value.reshape(shape), row.reshape(shape)
+    labels = None
+    if exclude is not None:
+        labels = jnp.repeat(exclude, shape[1]), bank.image
+    value, row = distances.nearest(
+        descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :],
+        bank.rows,
+        valid=_valid(bank, axes),
+        labels=labels,
+        axes=axes,
+        tile=tile,
+        precision=precision,
+    )
     return value.reshape(shape), row.reshape(shape)
+
+
+def span_chunk(
+    bank: NominalBank, *, num_images: Any, num_patches: int, axes: sharding.Axes = ()
+) -> Any:
+    """How many images are searched at a time where the bank has a span.
+
+    Args:
+      bank: With a span.
+      num_images: B, of a shard; an int, or a symbolic dimension.
+      num_patches: P.
+      axes: As for `score_patches`.
+
+    Returns:
+      A divisor of B: the distances to all training images, about 4 * N * P floats for each image,
+      then need no more than 256 MiB, or are those of a single image. Where B is symbolic, B.
+    """
+    if not isinstance(num_images, int):  # symbolic, where a function is exported
+        return num_images
+    shards = lax.axis_size(axes) if axes else 1
+    each = 16 * num_patches * shards * bank.rows.shape[0] // bank.per_image
+    limit = max(1, _CHUNK_BYTES // each)
+    return max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= limit)
+
+
+def shard_bank(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
+    """Brings a bank to the shape that its rows can be sharded in, and shards them.
+
+    With a span the images are padded, otherwise the rows, to as many as divide by the devices;
+    padding is never a neighbour, so the scores stay the same.
+
+    Args:
+      bank: Any placement, or traced.
+      mesh: Any axes; None to leave the bank as it is.
+
+    Returns:
+      The bank. Traced, it is padded only: the placement is up to XLA.
+    """
+    if mesh is None:
+        return bank
+    multiple = sharding.num_shards(mesh) * (1 if bank.span is None else bank.per_image)
+    traced = isinstance(bank.rows, jax.core.Tracer)
+
+    def place(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return x if traced else sharding.place(x, mesh=mesh, spec=spec)
+
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(bank):
+        value = getattr(bank, field.name)
+        if field.name in PER_ROW:
+            padded = sharding.pad_first(value, multiple=multiple)
+            fields[field.name] = place(padded, sharding.split(mesh))
+        elif isinstance(value, jax.Array | np.ndarray):
+            fields[field.name] = place(jnp.asarray(value), sharding.whole())
+    return dataclasses.replace(bank, **fields)
+
+
+def bank_specs(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
+    """A bank of the partition specs that `shard_bank` shards by.
+
+    Args:
+      bank: Any.
+      mesh: Any.
+
+    Returns:
+      A pytree of the same structure with a PartitionSpec for each array.
+    """
+    specs: dict[str, Any] = {
+        field.name: sharding.split(mesh) if field.name in PER_ROW else sharding.whole()
+        for field in dataclasses.fields(bank)
+        if field.name != "per_image" and getattr(bank, field.name) is not None
+    }
+    return dataclasses.replace(bank, **specs)
 
 
 def image_distances(
@@ -77,6 +163,7 @@ def image_distances(
     *,
     kept: jax.Array | None = None,
     exclude: jax.Array | None = None,
+    axes: sharding.Axes = (),
     tile: int = distances.DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
@@ -87,12 +174,13 @@ def image_distances(
       descriptors: [B, P, D] float32.
       kept: [M] bool, rows that may be neighbours; None for all.
       exclude: As for `score_patches`.
+      axes: Likewise.
       tile: Likewise.
       precision: Likewise.
 
     Returns:
       Squared distances [N, B * P] float32, infinite to what is excluded or has no row kept, and the
-      rows' indices [N, B * P] int32.
+      rows' indices [N, B * P] int32. N is that of all shards.
 
     Raises:
       ValueError: the bank has no span, or as `score_patches`.
@@ -102,19 +190,21 @@ def image_distances(
         raise ValueError("bank must have a span; fit it with config.nominal = 'all'")
     queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
     each = (-1, bank.per_image)
-    valid = jnp.arange(bank.rows.shape[0]) < bank.count
+    valid = _valid(bank, axes)
     if kept is not None:
         valid &= kept
     value, row = distances.nearest_each(
         queries,
         bank.rows.reshape(*each, bank.rows.shape[-1]),
         valid=valid.reshape(each),
+        axes=axes,
         tile=tile,
         precision=precision,
     )
     row += bank.per_image * jnp.arange(len(row), dtype=jnp.int32)[:, None]
     if exclude is not None:
-        own = bank.image.reshape(each)[:, :1] == jnp.repeat(exclude, descriptors.shape[1])[None, :]
+        image = sharding.gather(bank.image.reshape(each)[:, 0], axes)
+        own = image[:, None] == jnp.repeat(exclude, descriptors.shape[1])[None, :]
         value = jnp.where(own, jnp.inf, value)
     return value, row
 
@@ -155,6 +245,7 @@ def score_descriptors(
     config: InReachConfig,
     angles: jax.Array | None = None,
     exclude: jax.Array | None = None,
+    axes: sharding.Axes = (),
     tile: int = distances.DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> Scores:
@@ -168,13 +259,16 @@ def score_descriptors(
       angles: [B] float32, degrees that the images were turned by, if they were: the maps are turned
         back.
       exclude: As for `score_patches`.
-      tile: As for `score_patches`.
+      axes: Likewise.
+      tile: Likewise.
       precision: Likewise.
 
     Returns:
       Scores of the B images.
     """
-    value, index = score_patches(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
+    value, index = score_patches(
+        bank, descriptors, exclude=exclude, axes=axes, tile=tile, precision=precision
+    )
     return scores_of_patches(value, index, grid=grid, config=config, angles=angles)
 
 
@@ -211,6 +305,13 @@ def scores_of_patches(
     if angles is not None:
         maps = rotate(maps[..., None], -angles)[..., 0]
     return Scores(image=image, maps=maps, patches=patches, nearest=nearest.reshape(shape))
+
+
+def _valid(bank: NominalBank, axes: sharding.Axes) -> jax.Array:
+    """[M] bool: whether each row of this shard is in use."""
+    num_rows = bank.rows.shape[0]
+    first = sharding.first_row(num_rows, axes)
+    return jnp.arange(num_rows, dtype=jnp.int32) + first < bank.count
 
 
 def _check_descriptors(

@@ -85,6 +85,10 @@ class NominalBank:
     per_image: int = _static(0)  # [] int32, static: rows of each image where there is a span
 
 
+PER_ROW = ("rows", "image", "patch", "multiplicity")
+"""The fields of a `NominalBank` that have an entry per row."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:

@@ -9,8 +9,8 @@ from skimage import data
 
 import inreach_jax
 from experiments import runner
+from inreach_jax import extraction
 from inreach_jax import images as images_lib
-from inreach_jax import pipeline
 from inreach_jax.datasets import Split
 from tests import tiny
 
@@ -133,7 +133,7 @@ def test_masks_follow(poses: np.ndarray) -> None:
 
 def test_descriptor_sets_keep_angles(poses: np.ndarray) -> None:
     config = tiny.CONFIG.replace(alignment="rotation")
-    described = pipeline.extract(
+    described = extraction.extract(
         tiny.backbone(), poses, config=config, positional=False, batch_size=4
     )
     assert described.angles is not None

@@ -19,7 +19,7 @@ import pytest
 from jax import lax
 
 import inreach_jax
-from inreach_jax import pipeline, types
+from inreach_jax import extraction, types
 
 PACKAGE = pathlib.Path(inreach_jax.__file__).parent
 MODULES = [
@@ -28,7 +28,7 @@ MODULES = [
 ]
 
 # What configures a function rather than being worked on. Names and paths are no options.
-_OPTION_TYPES = (bool, int, float, inreach_jax.InReachConfig, lax.Precision, pipeline.Progress)
+_OPTION_TYPES = (bool, int, float, inreach_jax.InReachConfig, lax.Precision, extraction.Progress)
 _OPTION_ORIGINS = (typing.Literal, tuple, collections.abc.Callable)
 # Options may be positional here, where nothing else is worked on.
 _POSITIONAL_OPTIONS = {
@@ -37,9 +37,21 @@ _POSITIONAL_OPTIONS = {
     "inreach_jax.backbones.wide_resnet.conversion_table": {"stages"},
     "inreach_jax.bank.bank_capacity": {"count"},
     "inreach_jax.descriptors.position": {"grid"},
-    "inreach_jax.pipeline.DescriptorSet.first": {"num"},
+    "inreach_jax.extraction.DescriptorSet.first": {"num"},
+    "inreach_jax.extraction.Extractor.block": {"number"},
+    "inreach_jax.extraction.Feed.crops": {"number"},
+    "inreach_jax.extraction.descriptor_dim": {"config"},
     "inreach_jax.pipeline.make_score_fn": {"config"},
-    "inreach_jax.pipeline.patch_grid": {"config"},
+    "inreach_jax.extraction.patch_grid": {"config"},
+    "inreach_jax.extraction.position_of": {"grid"},
+    # As the functions of jax.lax have them.
+    "inreach_jax.sharding.exchange": {"axes"},
+    "inreach_jax.sharding.first_row": {"num_rows", "axes"},
+    "inreach_jax.sharding.gather": {"axes"},
+    "inreach_jax.sharding.least": {"axes"},
+    "inreach_jax.sharding.of_shard": {"axes"},
+    "inreach_jax.sharding.shard_map": {"f"},
+    "inreach_jax.sharding.total": {"axes"},
 }
 _SECTIONS = ("Args:", "Returns:", "Yields:", "Raises:")
 
@@ -85,8 +97,8 @@ def source_tree(function: Callable[..., Any]) -> ast.AST:
 
 
 def test_something_is_looked_at() -> None:
-    assert {"inreach_jax.pipeline.fit", "inreach_jax.distances.nearest"} <= FUNCTIONS.keys()
-    assert "inreach_jax.pipeline.DescriptorSet.select" in FUNCTIONS
+    assert {"inreach_jax.fitting.fit", "inreach_jax.distances.nearest"} <= FUNCTIONS.keys()
+    assert "inreach_jax.extraction.DescriptorSet.select" in FUNCTIONS
     assert "inreach_jax.types.Scores" in CLASSES
     assert len(FUNCTIONS) > 50
 

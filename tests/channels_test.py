@@ -18,8 +18,14 @@ RadiusFilter = Literal["none", "std", "rms"]
 
 NUM_IMAGES, NUM_SEEDS, NUM_PATCHES, DIM = 14, 3, 10, 5
 NUM_CHANNELS = NUM_SEEDS * NUM_PATCHES
+_add_sums = jax.jit(channels_lib.add_sums)
 
-_channel_sums = jax.jit(channels_lib.channel_sums)
+
+def _channel_sums(seeds: jax.Array, images: jax.Array, members: Members) -> jax.Array:
+    sums = jnp.zeros((seeds.shape[0] * seeds.shape[1], seeds.shape[2]))
+    return _add_sums(sums, seeds, images, members)
+
+
 _member_radii = jax.jit(channels_lib.member_radii)
 _filter = jax.jit(channels_lib.filter_channels, static_argnames=("num_seeds", "config"))
 
@@ -167,8 +173,16 @@ def test_blocks_add_up(size: int) -> None:
     starts = range(0, NUM_IMAGES, size)
     parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + size], members) for i in starts]
     blocks = [x[i : i + size] for i in starts]
-    total = sum(np.asarray(_channel_sums(seeds, b, m)) for b, m in zip(blocks, parts, strict=True))
-    np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-5)
+    total = jnp.zeros_like(whole)
+    for block, of_block in zip(blocks, parts, strict=True):
+        total = _add_sums(total, seeds, block, of_block)
+    np.testing.assert_array_equal(total, whole)  # one after the other, however they are grouped
+    halves = [
+        _add_sums(jnp.zeros((n, DIM)), seeds, x, members, first=first)
+        for first, n in ((0, 11), (11, NUM_CHANNELS - 11 + 4))  # the last four are no channels
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves)[:NUM_CHANNELS], whole)
+    assert not np.any(halves[1][-4:])
     assert np.abs(whole).max() > 1
     radii = [
         np.asarray(_member_radii(seeds, whole, b, m)) for b, m in zip(blocks, parts, strict=True)

@@ -11,7 +11,7 @@ import pytest
 import sklearn.neighbors
 
 from experiments import peers
-from inreach_jax.pipeline import DescriptorSet
+from inreach_jax.extraction import DescriptorSet
 
 Array = np.ndarray[Any, Any]
 

@@ -16,7 +16,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import inreach_jax
-from inreach_jax import PRESETS, InReachConfig, NominalBank, Scores, pipeline
+from inreach_jax import (
+    PRESETS,
+    InReachConfig,
+    NominalBank,
+    Scores,
+    extraction,
+    fitting,
+    pipeline,
+)
 from inreach_jax import images as images_lib
 from inreach_jax.backbones import Backbone
 from inreach_jax.types import Channels
@@ -225,9 +233,10 @@ def test_radius_filter_does_not_see_the_blocks(backbone: Backbone, train: np.nda
     np.testing.assert_array_equal(banks[0].rows, banks[1].rows)
 
     def channels(descriptors: inreach_jax.DescriptorSet) -> Channels:
-        kwargs: Any = {"config": config, "progress": lambda *unused: None}
-        members = pipeline._associate_all(descriptors, **kwargs)
-        return pipeline._find_channels(descriptors, members, **kwargs)
+        kwargs: Any = {"config": config, "journal": None, "progress": lambda *unused: None}
+        seeds = fitting._first_seeds(descriptors, num_seeds=config.num_seeds)
+        members, sums = fitting._associate_all(descriptors, seeds, **kwargs)
+        return fitting._find_channels(descriptors, seeds, members, sums, **kwargs)
 
     # The padding of the last block is in no channel, not even in one that is dropped anyhow.
     blockwise, at_once = channels(described), channels(one_block)
@@ -278,7 +287,7 @@ def test_sizes_may_differ(backbone: Backbone, bank: NominalBank) -> None:
 
 def test_height_and_width_may_differ(backbone: Backbone, train: np.ndarray) -> None:
     config = tiny.CONFIG.replace(crop=(32, 24), positional="on")
-    assert pipeline.patch_grid(backbone, config) == (8, 6)
+    assert extraction.patch_grid(backbone, config) == (8, 6)
     wide = config.replace(resize=(36, 36), crop=(24, 32))
     tall_bank = inreach_jax.fit(backbone, train, config=config, batch_size=BATCH)
     assert int(tall_bank.patch.max()) < 48
@@ -289,7 +298,7 @@ def test_height_and_width_may_differ(backbone: Backbone, train: np.ndarray) -> N
     of_first = {p: i for i, (j, p) in enumerate(sorted(set(patches_of(tall_bank)))) if j == 0}
     for patch, row in of_first.items():  # a training image's nominal patches find themselves
         assert nearest[patch] == row
-    assert pipeline.patch_grid(backbone, wide) == (6, 8)
+    assert extraction.patch_grid(backbone, wide) == (6, 8)
 
 
 # Position.
@@ -444,11 +453,11 @@ def test_progress_counts_every_phase_to_its_total(
 
 def test_each_step_compiles_once(backbone: Backbone) -> None:
     steps = (
-        pipeline._extract_block,
-        pipeline._associate_block,
-        pipeline._add_sums,
-        pipeline._member_radii,
-        pipeline._append_rows,
+        extraction._extract_block,
+        fitting._associate_block,
+        fitting._add_sums,
+        fitting._member_radii,
+        fitting._append_rows,
         pipeline._score_crops,
         pipeline._score_descriptors,
     )
@@ -893,17 +902,17 @@ def test_progress_of_a_bank_of_all_patches(backbone: Backbone, all_train: np.nda
 
     inreach_jax.fit(backbone, all_train, config=ALL, batch_size=BATCH, progress=progress)
     assert list(calls) == ["features", "association", "bank"]
-    every = [(done, NUM_ALL) for done in (3, 6, 9, 12, 13)]
-    assert calls["features"] == calls["bank"] == every
+    assert calls["features"] == [(done, NUM_ALL) for done in (3, 6, 9, 12, 13)]
+    assert calls["bank"] == [(NUM_ALL, NUM_ALL)]
     assert calls["association"] == [(3, 5), (5, 5)]  # of the seeds
 
 
 def test_each_step_of_a_bank_of_all_patches_compiles_once(backbone: Backbone) -> None:
     steps = (
-        pipeline._extract_block,
-        pipeline._seed_distances,
-        pipeline._growth_exponent,
-        pipeline._append_rows,
+        extraction._extract_block,
+        fitting._seed_distances,
+        fitting._growth_exponent,
+        fitting._append_rows,
         pipeline._score_crops,
         pipeline._score_descriptors,
     )
@@ -921,7 +930,7 @@ def test_each_step_of_a_bank_of_all_patches_compiles_once(backbone: Backbone) ->
     assert everything(11, 7) == [1] * len(steps)
     assert everything(11, 3) == [0] * len(steps)
     # Sets of another size have banks of another shape, and nothing else.
-    assert everything(14, 7) == [0, 0, 0, 1, 1, 1]
+    assert everything(14, 7) == [0, 0, 0, 0, 1, 1]
 
 
 def test_score_fn_agrees_with_score_images_of_all_patches(
