@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from absl import flags
 
-from inreach_jax import BACKBONES, PRESETS, InReachConfig
+from inreach_jax import BACKBONES, PRESETS, Budget, InReachConfig
 from inreach_jax.datasets import PROTOCOLS
 
 CATEGORY = flags.DEFINE_string("category", None, "A category of the data set.")
@@ -35,6 +35,24 @@ NUM_TRAIN = flags.DEFINE_integer(
     lower_bound=1,
 )
 SEEDS = flags.DEFINE_integer("seeds", 1, "Draws of training images: seeds 0, 1, ...", lower_bound=1)
+DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed", False, "Whether this is one of several processes: docs/scaling.md."
+)
+DEVICES = flags.DEFINE_integer(
+    "devices", None, "Devices of each process to use; by default all.", lower_bound=1
+)
+MEMORY_BUDGET = flags.DEFINE_list(
+    "memory_budget",
+    [],
+    "What descriptors may take where they are needed more than once, as in device=4G,host=16G,"
+    "disk=100G; by default what they need, on the device.",
+)
+CHECKPOINT_EVERY = flags.DEFINE_integer(
+    "checkpoint_every",
+    512,
+    "Images between two savings of a fit's progress; 0: none.",
+    lower_bound=0,
+)
 PRESET = flags.DEFINE_enum("preset", "default", sorted(PRESETS), "Options to start from.")
 
 
@@ -61,6 +79,25 @@ def config() -> InReachConfig:
         if (value := holder.value) is not None
     }
     return PRESETS[PRESET.value].replace(**changes)
+
+
+def budget() -> Budget:
+    """What --memory_budget allows.
+
+    Raises:
+      ValueError: it cannot be understood.
+    """
+    places: dict[str, Any] = {}
+    for part in MEMORY_BUDGET.value:
+        match = re.fullmatch(r"(device|host|disk)=(\d+(?:\.\d+)?)([KMGT]?)", part)
+        if match is None:
+            raise ValueError(
+                "--memory_budget takes places and sizes, as in device=4G,host=16G,disk=100G; got "
+                f"{part!r}"
+            )
+        place, number, unit = match.groups()
+        places[place] = int(float(number) * 1024 ** " KMGT".index(unit or " "))
+    return Budget(**places)
 
 
 def ratios() -> list[float]:

@@ -17,6 +17,9 @@ short: it adds 40 test images to the training images and leaves them in the test
 the released reference was evaluated. `--manifest=FILE` runs exactly what another run did, and
 refuses to if a file is not the same any more.
 
+A killed run goes on where it was when the same command is given again. Several devices share the
+work, and with `--distributed` several processes: docs/scaling.md.
+
 Expected of screw (512 px, EfficientNet-Lite0), with the seconds of two CPU cores: see README.md.
 """
 
@@ -72,6 +75,8 @@ def main() -> None:
     category = given.category if given else common_flags.required(common_flags.CATEGORY)
     workdir = common_flags.required(common_flags.WORKDIR)
     protocol = _protocol()
+    common_flags.budget()
+    mesh = runner.start()
     # Whatever is wrong with a category, a flag or a file shows before the first one is fitted.
     runs = [_choose(dataset, protocol, given) for dataset in _load(category)]
     every = category == "all"
@@ -82,16 +87,23 @@ def main() -> None:
 
     results = {}
     for dataset, manifest in runs:
-        print(f"{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} to score")
+        runner.say(
+            f"{dataset.name}: {len(dataset.train)} training images, {len(dataset.test)} to score"
+        )
         folder = runner.make_workdir(workdir / dataset.name) if every else workdir
-        write_manifest(folder / "manifest.json", manifest)
+        if runner.is_first():
+            write_manifest(folder / "manifest.json", manifest)
         results[dataset.name] = runner.run_category(
             dataset,
             backbone=backbone,
             config=config,
             workdir=folder,
             batch_size=common_flags.BATCH_SIZE.value,
+            mesh=mesh,
+            identity=[entry.sha256 for entry in manifest.train],
         )
+    if not runner.is_first():
+        return
     if every:
         runner.finish(results, workdir=workdir)
     else:
@@ -165,7 +177,7 @@ def _refuse_transductive(protocol: str) -> None:
 
 def _choose(dataset: Dataset, protocol: str, given: Manifest | None) -> tuple[Dataset, Manifest]:
     """What is fitted and scored of a category, and the manifest that says so."""
-    with PhaseTimer() as timer:
+    with PhaseTimer(silent=not runner.is_first()) as timer:
         if given is not None:
             return apply_manifest(dataset, given, progress=timer), given
         train, test = list_entries(dataset, progress=timer)

@@ -11,7 +11,8 @@ class PhaseTimer:
     Use it as a context manager around the work; phases follow one another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
         self.seconds: dict[str, float] = {}
         self._phase: str | None = None
         self._bar: tqdm[None] | None = None
@@ -30,7 +31,13 @@ class PhaseTimer:
         if phase != self._phase or self._bar is None:
             self._close()
             self._phase = phase
-            self._bar = tqdm(total=total, desc=f"{phase:<12}", unit="img", mininterval=0.5)
+            self._bar = tqdm(
+                total=total,
+                desc=f"{phase:<12}",
+                unit="img",
+                mininterval=0.5,
+                disable=self._silent,
+            )
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
         self._bar.update(done - self._bar.n)

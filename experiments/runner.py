@@ -20,11 +20,14 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from tabulate import tabulate
 
 import inreach_jax
+from experiments import common_flags
 from experiments.progress import PhaseTimer
-from inreach_jax import metrics
+from inreach_jax import memory, metrics, sharding
+from inreach_jax.checkpoint import FitJournal
 from inreach_jax.datasets import Dataset, Split
 from inreach_jax.datasets.files import write_png
 from inreach_jax.images import best_rotation, resize_and_crop, resize_and_crop_masks, rotate
@@ -109,6 +112,88 @@ def limit(dataset: Dataset, *, max_train: int | None, max_test: int | None) -> D
     return dataclasses.replace(dataset, train=train, test=test)
 
 
+def start() -> Mesh | None:
+    """Joins the other processes if --distributed says so, and takes the devices that are used.
+
+    Returns:
+      A mesh of all devices of all processes, or None where there is one.
+
+    Raises:
+      ValueError: there is no telling what the other processes are, or there are too few devices.
+    """
+    if common_flags.DISTRIBUTED.value and not jax.distributed.is_initialized():
+        number = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        given: dict[str, Any] = {
+            k: int(os.environ[v]) for k, v in number.items() if v in os.environ
+        }
+        try:
+            jax.distributed.initialize(**given)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"--distributed: {error} Start it under Slurm, Open MPI, Kubernetes or on a TPU "
+                "slice, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            ) from error
+    of_process: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        of_process.setdefault(device.process_index, []).append(device)
+    num = common_flags.DEVICES.value
+    if num is not None and num > min(map(len, of_process.values())):
+        raise ValueError(f"--devices={num}: a process has {min(map(len, of_process.values()))}")
+    devices = [device for mine in of_process.values() for device in mine[:num]]
+    return (
+        jax.make_mesh((len(devices),), ("shards",), devices=devices) if len(devices) > 1 else None
+    )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that tells and writes."""
+    return jax.process_index() == 0
+
+
+def say(*what: object) -> None:
+    """Prints, once for all processes."""
+    if is_first():
+        print(*what)
+
+
+def plan(
+    backbone: inreach_jax.Backbone,
+    num_images: int,
+    *,
+    config: inreach_jax.InReachConfig,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> None:
+    """Prints what will be kept where, before it is.
+
+    Args:
+      backbone: With its variables.
+      num_images: To be fitted.
+      config: The options.
+      batch_size: Images per device and step.
+      mesh: Of all devices.
+
+    Raises:
+      ValueError: there is not enough memory.
+    """
+    items = memory.plan(
+        backbone,
+        config=config,
+        num_images=num_images,
+        batch_size=batch_size,
+        mesh=mesh,
+        budget=common_flags.budget(),
+    )
+    rows = [
+        [x.what, x.phase, x.place, f"{x.num_bytes / 2**20:.0f} MiB", f"--{x.option}"] for x in items
+    ]
+    say(tabulate(rows, headers=["memory for", "during", "on", "size", "by"], tablefmt="github"))
+    needed, available = memory.peak(items, place="device"), memory.device_bytes()
+    of = "" if available is None else f" of {available / 2**30:.1f} GiB"
+    say(f"At most {needed / 2**30:.2f} GiB{of} on each device.\n")
+    memory.check(items)
+
+
 def run_category(
     dataset: Dataset,
     *,
@@ -116,29 +201,61 @@ def run_category(
     config: inreach_jax.InReachConfig,
     workdir: pathlib.Path,
     batch_size: int,
+    mesh: Mesh | None = None,
+    identity: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fits, scores and measures one category, and writes all results.
+
+    With several processes all of them must call it; the first one writes.
 
     Args:
       dataset: Its masks and labels only measure; fitting does not see them.
       backbone: With its variables.
       config: The options.
-      workdir: Gets `bank/`, `scores.csv`, `heatmaps/` and `metrics.json`.
-      batch_size: Images per step.
+      workdir: Gets `bank/`, `scores.csv`, `heatmaps/` and `metrics.json`, and until the bank is
+        there `progress/`.
+      batch_size: Images per device and step.
+      mesh: Of all devices.
+      identity: Digests of the training images: what progress is kept for. None is kept without.
 
     Returns:
-      What `metrics.json` holds.
+      What `metrics.json` holds, in the first process; nothing in the others.
 
     Raises:
       ValueError: as `inreach_jax.fit`.
       OSError: something cannot be written.
     """
-    timer = PhaseTimer()
+    plan(backbone, len(dataset.train), config=config, batch_size=batch_size, mesh=mesh)
+    journal = None
+    if identity and common_flags.CHECKPOINT_EVERY.value:
+        journal = FitJournal(
+            workdir / "progress",
+            every=common_flags.CHECKPOINT_EVERY.value,
+            identity={
+                "config": config.to_dict(),
+                "weights_digest": backbone.weights_digest,
+                "images": list(identity),
+                "batch_size": batch_size,
+                "versions": versions(),
+            },
+        )
+    timer = PhaseTimer(silent=not is_first())
     with timer:
         bank = inreach_jax.fit(
-            backbone, dataset.train.images, config=config, batch_size=batch_size, progress=timer
+            backbone,
+            dataset.train.images,
+            config=config,
+            batch_size=batch_size,
+            mesh=mesh,
+            budget=common_flags.budget(),
+            journal=journal,
+            progress=timer,
         )
-    inreach_jax.save_bank(workdir / "bank", bank, backbone=backbone, config=config)
+    inreach_jax.save_bank(
+        workdir / "bank", bank, backbone=backbone, config=config, command=command()
+    )
+    if journal is not None:
+        journal.finish()
     with timer:
         scored = list(
             inreach_jax.score_images(
@@ -147,9 +264,13 @@ def run_category(
                 dataset.test.images,
                 config=config,
                 batch_size=batch_size,
+                mesh=mesh,
                 progress=timer,
             )
         )
+    bank = jax.tree.map(sharding.fetch, bank)
+    if not is_first():
+        return {}
     image_scores = np.concatenate([s.image for s in scored])
     maps = np.concatenate([s.maps for s in scored])
     masks = crop_masks(dataset.test, config=config)
@@ -165,7 +286,7 @@ def run_category(
     write_heatmaps(workdir / "heatmaps", dataset.test, maps, masks, scale=scale, config=config)
     seconds = {
         phase: timer.seconds.get(phase, 0.0)
-        for phase in ("features", "association", "channels", "bank", "scoring")
+        for phase in ("position", "features", "association", "channels", "bank", "scoring")
     }
     result = {
         "category": dataset.name,
@@ -182,6 +303,8 @@ def run_category(
         "backbone": {"name": backbone.name, "weights_digest": backbone.weights_digest},
         "config": config.to_dict(),
         "batch_size": batch_size,
+        "devices": 1 if mesh is None else mesh.size,
+        "processes": jax.process_count(),
         "versions": versions(),
         "command": command(),
     }

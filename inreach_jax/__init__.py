@@ -4,7 +4,7 @@ The training images may themselves contain anomalies, and nobody labels anything
 """
 
 from inreach_jax.backbones import BACKBONES, Backbone, load_backbone
-from inreach_jax.checkpoint import restore_bank, save_bank
+from inreach_jax.checkpoint import FitJournal, restore_bank, save_bank
 from inreach_jax.config import PRESETS, InReachConfig
 from inreach_jax.extraction import DescriptorSet, extract
 from inreach_jax.fitting import fit, fit_descriptors
@@ -18,6 +18,7 @@ __all__ = [
     "Backbone",
     "Budget",
     "DescriptorSet",
+    "FitJournal",
     "InReachConfig",
     "NominalBank",
     "Scores",

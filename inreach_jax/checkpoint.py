@@ -1,4 +1,4 @@
-"""Nominal banks on disk: the only module that imports Orbax, and only when it is called.
+"""Banks, and the progress of fits, on disk: the only module that imports Orbax, when called.
 
 A bank directory holds numbered steps, `<directory>/0`, `<directory>/1`, ... Each save makes a new
 one, because Orbax's overwrite deletes the good checkpoint before it writes the other. A step has
@@ -7,22 +7,26 @@ the arrays, without padding, and a manifest that restoring checks in full.
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
+import shutil
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from inreach_jax import scoring, sharding
 from inreach_jax.backbones import Backbone
 from inreach_jax.bank import bank_capacity
 from inreach_jax.config import InReachConfig
-from inreach_jax.types import NominalBank
+from inreach_jax.types import PER_ROW, NominalBank
 
-FORMAT_VERSION = 2
-_PER_ROW = ("rows", "image", "patch", "multiplicity")
+FORMAT_VERSION = 3
 
 
 def save_bank(
@@ -31,14 +35,18 @@ def save_bank(
     *,
     backbone: Backbone,
     config: InReachConfig,
+    command: str = "",
 ) -> pathlib.Path:
     """Saves a bank as a new step; what is there already is never touched.
 
+    With several processes all of them must call it: each writes the shards that it has.
+
     Args:
-      directory: Made if it does not exist.
+      directory: Made if it does not exist. All processes must see the same one.
       bank: Any placement.
       backbone: That the bank was fitted with; its name and weight digest go into the manifest.
       config: Likewise; all of it goes into the manifest.
+      command: What made the bank; for the manifest.
 
     Returns:
       The path of the step.
@@ -52,35 +60,49 @@ def save_bank(
     if not 1 <= count <= bank.rows.shape[0]:
         raise ValueError(f"bank.count must be in [1, {bank.rows.shape[0]}]; got {count}")
     arrays = {
-        field.name: np.asarray(getattr(bank, field.name))
+        field.name: getattr(bank, field.name)
         for field in dataclasses.fields(bank)
         if field.name not in ("count", "per_image") and getattr(bank, field.name) is not None
     }
-    arrays |= {name: arrays[name][:count] for name in _PER_ROW}
-    if not (np.isfinite(arrays["rows"]).all() and np.isfinite(arrays["centre"]).all()):
+    content = _content(arrays, count)
+    if not (np.isfinite(content["rows"]).all() and np.isfinite(content["centre"]).all()):
         raise ValueError("bank has rows that are not finite; it was not saved")
+    # Several processes write what they have, with the padding that makes it equally much.
+    stored = content if jax.process_count() == 1 else arrays
     manifest = {
         "format_version": FORMAT_VERSION,
         "backbone": backbone.name,
         "weights_digest": backbone.weights_digest,
         "config": config.to_dict(),
-        "arrays": {name: _spec(x) for name, x in arrays.items()},
+        "arrays": {name: _spec(x) for name, x in stored.items()},
+        "counts": {"rows": count, "images": len(np.unique(content["image"]))},
         "per_image": bank.per_image,
-        "digest": _digest(arrays),
+        "descriptors": {"dim": int(bank.rows.shape[1])},
+        "digest": _digest(content),
+        "command": command,
         "versions": {
             "jax": jax.__version__,
             "orbax-checkpoint": metadata.version("orbax-checkpoint"),
         },
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    steps = _steps(directory)
-    path = directory / str(steps[-1] + 1 if steps else 0)
-    _orbax().save(path, arrays, custom_metadata=manifest)
+    step = sharding.agree(_next_step(directory))
+    path = directory / str(step)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _orbax().save(path, stored, custom_metadata=manifest)
+    except OSError:
+        raise
+    except Exception as error:  # what Orbax makes of a full disk
+        raise OSError(f"the bank could not be saved at {path}: {error}") from error
     return path
 
 
 def restore_bank(
-    directory: str | os.PathLike[str], *, backbone: Backbone, step: int | None = None
+    directory: str | os.PathLike[str],
+    *,
+    backbone: Backbone,
+    step: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[NominalBank, InReachConfig]:
     """Restores a bank and the config that it was fitted with.
 
@@ -88,9 +110,11 @@ def restore_bank(
       directory: That `save_bank` was given.
       backbone: To score with; must be the one that the bank was fitted with.
       step: Which save; None for the latest.
+      mesh: To shard the rows over, however many devices and processes saved them; None for the
+        default device.
 
     Returns:
-      The bank, padded to `bank.bank_capacity`, and its config.
+      The bank, padded to `bank.bank_capacity`, or as `scoring.shard_bank` does it, and its config.
 
     Raises:
       FileNotFoundError: there is no such bank.
@@ -110,7 +134,7 @@ def restore_bank(
     except Exception as error:  # Orbax raises many kinds
         raise ValueError(f"the bank at {path} has no readable manifest: {error}") from error
     config = _check_manifest(manifest, path=path, backbone=backbone)
-    expected = manifest["arrays"]
+    expected, count = manifest["arrays"], manifest["counts"]["rows"]
     try:
         stored = _orbax().metadata(path).metadata
         if stored is None:  # Orbax logs why
@@ -119,7 +143,7 @@ def restore_bank(
         actual = {name: _spec(x) for name, x in stored.items()}
         if actual != expected:
             raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
-        arrays = {name: np.asarray(x) for name, x in _orbax().load(path, stored).items()}
+        arrays = _content(_load(path, stored, mesh=None), count)
     except Exception as error:
         raise ValueError(
             f"the bank at {path} is damaged: {error}. Restore a copy or fit again"
@@ -129,23 +153,165 @@ def restore_bank(
             f"the bank at {path} is damaged: its content is not what was saved. Restore a copy or "
             "fit again"
         )
-    count = len(arrays["rows"])
-    per_image = count // len(np.unique(arrays["image"])) if "span" in arrays else 0
-    if manifest["per_image"] != per_image:
-        raise ValueError(
-            f"the bank at {path} is damaged: its images have {per_image} rows each, and not "
-            f"{manifest['per_image']}. Restore a copy or fit again"
-        )
+    num_images = len(np.unique(arrays["image"]))
+    per_image = count // num_images if "span" in arrays else 0
+    for name, found, said in (
+        ("rows for each image", per_image, manifest["per_image"]),
+        ("images", num_images, manifest["counts"]["images"]),
+        ("dimensions", arrays["rows"].shape[1], manifest["descriptors"]["dim"]),
+    ):
+        if found != said:
+            raise ValueError(
+                f"the bank at {path} is damaged: it has {found} {name}, and not {said}. Restore a "
+                "copy or fit again"
+            )
     padding = 0 if per_image else bank_capacity(count) - count
-    for name in _PER_ROW:
+    for name in PER_ROW:
         x = arrays[name]
         arrays[name] = np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
-    bank = NominalBank(
-        count=jnp.asarray(count, jnp.int32),
-        per_image=per_image,
-        **{k: jnp.asarray(v) for k, v in arrays.items()},
-    )
-    return bank, config
+    on_host: dict[str, Any] = {**arrays, "count": np.asarray(count, np.int32)}
+    bank = NominalBank(per_image=per_image, **on_host)
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, bank), config
+    return scoring.shard_bank(bank, mesh=mesh), config
+
+
+class FitJournal:
+    """The progress of a fit on disk: `fitting.fit` goes on where a killed one ended.
+
+    An entry has what its blocks added, and the running state after them; it counts once the former
+    is there, which Orbax does at a stroke. Only the last running state is kept.
+
+    Attributes:
+      every: Images between two entries.
+    """
+
+    every: int
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, every: int, identity: Mapping[str, Any]
+    ):
+        """Nothing is read or written yet.
+
+        Args:
+          directory: For this fit only. All processes must see the same one.
+          every: Images between two entries, >= 1.
+          identity: All that the fit depends on, as JSON values: another one starts anew.
+
+        Raises:
+          ValueError: `every` is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every must be >= 1 images; got {every}")
+        self.every = every
+        self._root = pathlib.Path(directory).absolute()
+        text = json.dumps(identity, sort_keys=True)
+        self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def restore(
+        self, phase: str, *, mesh: Mesh | None
+    ) -> tuple[int, list[tuple[int, dict[str, Any]]], dict[str, Any]]:
+        """What has been kept of a phase.
+
+        Args:
+          phase: Its name.
+          mesh: That the fit is on: what was kept on another number of devices does not count.
+
+        Returns:
+          Blocks done, what each entry added after how many blocks, in order, and the running state.
+        """
+        folder = self._folder(phase, mesh)
+        done = [step for step in _steps(folder) if (folder / str(step) / "added").is_dir()]
+        done = [int(x) for x in sharding.agree_all(done)]
+        if jax.process_index() == 0 and folder.is_dir():
+            for path in folder.iterdir():  # what a kill has left unfinished
+                if path.name not in map(str, done):
+                    shutil.rmtree(path, ignore_errors=True)
+        sharding.wait("journal")
+        if not done:
+            return 0, [], {}
+        entries = [(step, self._read(folder / str(step) / "added", mesh)) for step in done]
+        running = folder / str(done[-1]) / "running"
+        return done[-1], entries, self._read(running, mesh) if running.is_dir() else {}
+
+    def save(
+        self,
+        phase: str,
+        *,
+        done: int,
+        added: dict[str, Any],
+        running: dict[str, Any],
+        mesh: Mesh | None,
+    ) -> None:
+        """Adds an entry.
+
+        Args:
+          phase: Its name.
+          done: Blocks done.
+          added: Arrays that came since the last entry, sharded or whole on every device.
+          running: Arrays that take the place of the last entry's.
+          mesh: As for `restore`.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        folder = self._folder(phase, mesh)
+        path = folder / str(done)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if running:
+                _orbax().save(path / "running", running)
+            _orbax().save(path / "added", added)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"progress could not be saved at {path}: {error}") from error
+        if jax.process_index() == 0:
+            for step in _steps(folder):
+                if step < done:
+                    shutil.rmtree(folder / str(step) / "running", ignore_errors=True)
+
+    def finish(self) -> None:
+        """Removes all of it: the bank is safe."""
+        sharding.wait("finish")
+        if jax.process_index() == 0:
+            shutil.rmtree(self._root, ignore_errors=True)
+
+    def _folder(self, phase: str, mesh: Mesh | None) -> pathlib.Path:
+        return self._root / f"{self._key}-{sharding.num_shards(mesh)}" / phase
+
+    def _read(self, path: pathlib.Path, mesh: Mesh | None) -> dict[str, Any]:
+        try:
+            stored = _orbax().metadata(path).metadata
+            if stored is None:  # Orbax logs why
+                raise ValueError("its arrays cannot be read")
+            return _load(path, stored, mesh=mesh)
+        except Exception as error:
+            raise ValueError(
+                f"the progress at {path} is damaged: {error}. Delete {self._root} to start anew"
+            ) from error
+
+
+def _load(path: pathlib.Path, stored: Any, *, mesh: Mesh | None) -> dict[str, Any]:
+    """Arrays as they were saved: on the host where the mesh is None, else sharded alike."""
+
+    def target(x: Any) -> Any:
+        if mesh is None:
+            # Something of that shape and dtype, which takes no memory.
+            return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+        spec = getattr(x.sharding_metadata, "partition_spec", None) or (None,)
+        sharded = spec[0] is not None
+        placed = sharding.split(mesh) if sharded else sharding.whole()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, placed))
+
+    loaded = _orbax().load(path, {name: target(x) for name, x in stored.items()})
+    return {name: x if mesh is not None else np.asarray(x) for name, x in loaded.items()}
+
+
+def _content(arrays: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
+    """The arrays on the host, without padding."""
+    on_host = {name: sharding.fetch(x) for name, x in arrays.items()}
+    return {name: x[:count] if name in PER_ROW else x for name, x in on_host.items()}
 
 
 def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) -> InReachConfig:
@@ -158,9 +324,10 @@ def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) ->
         raise ValueError(
             f"{path} has bank format {version}; this version reads {FORMAT_VERSION}. Fit it again"
         )
-    missing = {"backbone", "weights_digest", "config", "arrays", "per_image", "digest"} - set(
-        manifest
-    )
+    missing = {
+        *("backbone", "weights_digest", "config", "arrays"),
+        *("counts", "per_image", "descriptors", "digest"),
+    } - set(manifest)
     if missing:
         raise ValueError(
             f"the bank at {path} is damaged: its manifest lacks {sorted(missing)}. Restore a copy "
@@ -191,6 +358,11 @@ def _steps(directory: pathlib.Path) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdecimal())
+
+
+def _next_step(directory: pathlib.Path) -> int:
+    steps = _steps(directory)
+    return steps[-1] + 1 if steps else 0
 
 
 def _spec(x: Any) -> dict[str, Any]:

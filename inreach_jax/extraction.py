@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from inreach_jax import descriptors as descriptors_lib
 from inreach_jax import images as images_lib
@@ -566,6 +566,54 @@ def lazy_descriptors(
         reference=extractor.reference,
         mesh=extractor.mesh,
     )
+
+
+def step_bytes(
+    backbone: Backbone, *, config: InReachConfig, batch_size: int, mesh: Mesh | None
+) -> int:
+    """What the compiled program needs on each device to describe a block, beside its arguments.
+
+    Args:
+      backbone: With its variables.
+      config: All options up to `descriptor_dim` are used.
+      batch_size: Images per device and block.
+      mesh: As for `Extractor`.
+
+    Returns:
+      Bytes.
+    """
+    leaves, structure = jax.tree.flatten(backbone.variables)
+    shapes = tuple((x.shape, np.dtype(x.dtype)) for x in leaves)
+    return _step_bytes(backbone.spec, structure, shapes, config, batch_size, mesh)
+
+
+@functools.lru_cache(maxsize=32)  # compiling takes seconds
+def _step_bytes(
+    backbone: BackboneSpec,
+    structure: Any,
+    shapes: tuple[tuple[tuple[int, ...], Any], ...],
+    config: InReachConfig,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> int:
+    def of(shape: tuple[int, ...], dtype: Any, split: bool = False) -> jax.ShapeDtypeStruct:
+        if mesh is None:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        placed = sharding.split(mesh) if split else sharding.whole()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, placed))
+
+    size, crop = batch_size * sharding.num_shards(mesh), (*config.crop, 3)
+    lowered = _extract_block.lower(
+        jax.tree.unflatten(structure, [of(*shape) for shape in shapes]),
+        of((size, *crop), jnp.float32, True),
+        of((size,), jnp.bool_, True),
+        None if config.alignment == "none" else of(crop, jnp.float32),
+        spec=backbone,
+        config=config,
+        mesh=mesh,
+    )
+    analysis: Any = lowered.compile().memory_analysis()
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
 
 def decide_position(crop_sum: np.ndarray, *, num_images: int, config: InReachConfig) -> bool:

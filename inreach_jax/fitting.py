@@ -43,11 +43,17 @@ class Journal(Protocol):
 
     def restore(
         self, phase: str, *, mesh: Mesh | None
-    ) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
-        """Blocks done, what each entry added, in order, and the last entry's running state."""
+    ) -> tuple[int, list[tuple[int, dict[str, Any]]], dict[str, Any]]:
+        """Blocks done, what each entry added after how many blocks, and the running state."""
 
     def save(
-        self, phase: str, *, done: int, added: dict[str, Any], running: dict[str, Any]
+        self,
+        phase: str,
+        *,
+        done: int,
+        added: dict[str, Any],
+        running: dict[str, Any],
+        mesh: Mesh | None,
     ) -> None:
         """Keeps what came since the last entry, and the running state in place of the last one.
 
@@ -56,6 +62,7 @@ class Journal(Protocol):
           done: Blocks done.
           added: Arrays, each sharded or whole on every device.
           running: Likewise.
+          mesh: As for `restore`.
         """
 
 
@@ -255,7 +262,7 @@ class _BareBlocks:
         return {"crop_sum": self._crop_sum}
 
     def resume(self, running: dict[str, Any]) -> None:
-        self._crop_sum = running["crop_sum"]
+        self._crop_sum = sharding.place(sharding.fetch(running["crop_sum"]), mesh=self.mesh)
 
     def _check(self) -> None:
         if self._unchecked is not None:
@@ -313,14 +320,14 @@ class _Collector:
         self._saved = done
         return {"rows": sharding.join_shards(shards, mesh=self._mesh)}
 
-    def resume(self, added: list[dict[str, Any]], stops: list[int]) -> None:
-        """Takes back what `added` has returned, the blocks done each time being `stops`."""
+    def resume(self, entries: list[tuple[int, dict[str, Any]]]) -> None:
+        """Takes back what `added` has returned, each time after how many blocks."""
         shards = [np.array(x) for x in sharding.shards_of(self._rows)]
-        for entry, stop in zip(added, stops, strict=True):
+        for done, added in entries:
             first = int(self._before[self._saved].min())
-            for mine, part in zip(shards, sharding.shards_of(entry["rows"]), strict=True):
+            for mine, part in zip(shards, sharding.shards_of(added["rows"]), strict=True):
                 mine[first : first + len(part)] = jax.device_get(part)
-            self._saved = stop
+            self._saved = done
         self._rows = sharding.join_shards(shards, mesh=self._mesh)
 
     def finish(self, *, capacity: int, where: jax.Array | None) -> jax.Array:
@@ -379,7 +386,7 @@ def _fit_all(
     if journal is not None:
         start, entries, running = journal.restore(source.phase, mesh=mesh)
         if entries:
-            collector.resume(entries, [int(entry["done"]) for entry in entries])
+            collector.resume(entries)
             seeds.resume(entries)
             source.resume(running)
             progress(source.phase, min(start * size, num_images), num_images)
@@ -391,8 +398,8 @@ def _fit_all(
         progress(source.phase, min(done * size, num_images), num_images)
         if journal is not None and _is_due(done, num_blocks, size=size, every=journal.every):
             running = source.running()
-            added = collector.added(done) | seeds.added(done) | {"done": np.int32(done)}
-            journal.save(source.phase, done=done, added=added, running=running)
+            added = collector.added(done) | seeds.added(done)
+            journal.save(source.phase, done=done, added=added, running=running, mesh=mesh)
     where = source.finish()
     growth = _seed_growth(seeds.finish(where), seed_index, size=size, mesh=mesh, progress=progress)
     span = support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=num_images)
@@ -436,14 +443,14 @@ def _fit_channels(
     if journal is not None:
         start, entries, _ = journal.restore("bank", mesh=mesh)
         if entries:
-            collector.resume(entries, [int(entry["done"]) for entry in entries])
+            collector.resume(entries)
     for number in range(start, num_blocks):
         collector.add(number, descriptors.blocks[number])
         done = number + 1
         progress("bank", min(done * size, num_images), num_images)
         if journal is not None and _is_due(done, num_blocks, size=size, every=journal.every):
-            added = collector.added(done) | {"done": np.int32(done)}
-            journal.save("bank", done=done, added=added, running={})
+            added = collector.added(done)
+            journal.save("bank", done=done, added=added, running={}, mesh=mesh)
     capacity = bank_lib.bank_capacity(int(np.count_nonzero(multiplicity)))
     capacity += -capacity % sharding.num_shards(mesh)
     return bank_lib.make_bank(
@@ -488,28 +495,30 @@ class _Seeds:
 
     def added(self, done: int) -> dict[str, Any]:
         """The seeds of the blocks since this was last asked, `done` blocks being there."""
-        of_blocks = self._slot[self._saved : done]
-        num = self._seeds.shape[0] // sharding.num_shards(self._mesh)
-        slots = np.sort(of_blocks[of_blocks < num])
+        slots = self._slots(done)
         self._saved = done
         if not len(slots):
             return {}
         first, last = int(slots[0]), int(slots[-1]) + 1
         shards = [jax.device_get(x)[first:last] for x in sharding.shards_of(self._seeds)]
-        return {
-            "seeds": sharding.join_shards(shards, mesh=self._mesh),
-            "first_seed": np.int32(first),
-        }
+        return {"seeds": sharding.join_shards(shards, mesh=self._mesh)}
 
-    def resume(self, added: list[dict[str, Any]]) -> None:
-        """Takes back what `added` has returned."""
+    def _slots(self, done: int) -> np.ndarray:
+        """The seeds in the blocks since the last entry, `done` blocks being there; ascending."""
+        of_blocks = self._slot[self._saved : done]
+        num = self._seeds.shape[0] // sharding.num_shards(self._mesh)
+        return np.sort(of_blocks[of_blocks < num])
+
+    def resume(self, entries: list[tuple[int, dict[str, Any]]]) -> None:
+        """Takes back what `added` has returned, each time after how many blocks."""
         shards = [np.array(x) for x in sharding.shards_of(self._seeds)]
-        for entry in added:
-            if "seeds" in entry:
-                first = int(entry["first_seed"])
-                for mine, part in zip(shards, sharding.shards_of(entry["seeds"]), strict=True):
+        for done, added in entries:
+            slots = self._slots(done)
+            if len(slots):
+                first = int(slots[0])
+                for mine, part in zip(shards, sharding.shards_of(added["seeds"]), strict=True):
                     mine[first : first + len(part)] = jax.device_get(part)
-            self._saved = int(entry["done"])
+            self._saved = done
         self._seeds = sharding.join_shards(shards, mesh=self._mesh)
 
     def finish(self, where: jax.Array | None) -> jax.Array:
@@ -580,10 +589,11 @@ def _associate_all(
         start, entries, running = journal.restore("association", mesh=mesh)
         if entries:
             blocks = [
-                {name: sharding.fetch(entry[name]) for name in ("channel", "patch")}
-                for entry in entries
+                {name: sharding.fetch(added[name]) for name in ("channel", "patch")}
+                for _, added in entries
             ]
-            sums = running.get("sums", sums)
+            if sums is not None:
+                sums = sharding.join_shards(sharding.shards_of(running["sums"]), mesh=mesh)
     new: list[dict[str, np.ndarray]] = []
     total = sharding.place(np.int32(num_images), mesh=mesh)
     for number in range(start, num_blocks):
@@ -603,6 +613,7 @@ def _associate_all(
                 done=done,
                 added={k: sharding.place(x, mesh=mesh) for k, x in added.items()},
                 running={} if sums is None else {"sums": sums},
+                mesh=mesh,
             )
             blocks, new = [*blocks, *new], []
     blocks += new
@@ -641,7 +652,7 @@ def _find_channels(
         start = 0
         if journal is not None:
             start, entries, _ = journal.restore("channels", mesh=mesh)
-            known = [sharding.fetch(entry["radii"]) for entry in entries]
+            known = [sharding.fetch(added["radii"]) for _, added in entries]
             if known:
                 radii[: sum(map(len, known))] = np.concatenate(known)
         saved = start
@@ -660,6 +671,7 @@ def _find_channels(
                     done=done,
                     added={"radii": sharding.place(added, mesh=mesh)},
                     running={},
+                    mesh=mesh,
                 )
                 saved = done
     channels = _filter_channels(*jax.device_put((members, radii, founder_radii)), config=config)

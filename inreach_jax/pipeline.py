@@ -162,7 +162,6 @@ def score_images(
             if found is None:
                 return
             crops, num = found
-            index = extraction.image_index(start=done, size=len(crops), mesh=mesh)
             scores = _score_crops(
                 variables,
                 bank,
@@ -210,7 +209,6 @@ def score_descriptor_set(
     angles: Iterable[jax.Array | None] = descriptors.angles or [None] * len(descriptors.blocks)
     for (images, block), turned_by in zip(descriptors.enumerate(), angles, strict=True):
         with sharding.alone():
-            index = extraction.image_index(start=images.start, size=len(block), mesh=mesh)
             scores = _score_descriptors(
                 bank,
                 block,

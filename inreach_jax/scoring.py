@@ -15,8 +15,8 @@ from inreach_jax.config import InReachConfig
 from inreach_jax.images import rotate
 from inreach_jax.types import PER_ROW, NominalBank, Scores
 
-# Bytes of distances to all training images at a time: what scoring needs beside its inputs.
-_CHUNK_BYTES = 2**28
+CHUNK_BYTES = 2**28
+"""Of distances to all training images at a time: what scoring needs beside its inputs."""
 
 _TRUNCATE = 4.0  # standard deviations, SciPy's default, which the published figures were made with
 
@@ -103,7 +103,7 @@ def span_chunk(
         return num_images
     shards = lax.axis_size(axes) if axes else 1
     each = 16 * num_patches * shards * bank.rows.shape[0] // bank.per_image
-    limit = max(1, _CHUNK_BYTES // each)
+    limit = max(1, CHUNK_BYTES // each)
     return max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= limit)
 
 
@@ -125,7 +125,7 @@ def shard_bank(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
     multiple = sharding.num_shards(mesh) * (1 if bank.span is None else bank.per_image)
     traced = isinstance(bank.rows, jax.core.Tracer)
 
-    def place(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def place(x: Any, spec: PartitionSpec) -> Any:
         return x if traced else sharding.place(x, mesh=mesh, spec=spec)
 
     fields: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def shard_bank(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
             padded = sharding.pad_first(value, multiple=multiple)
             fields[field.name] = place(padded, sharding.split(mesh))
         elif isinstance(value, jax.Array | np.ndarray):
-            fields[field.name] = place(jnp.asarray(value), sharding.whole())
+            fields[field.name] = place(value, sharding.whole())
     return dataclasses.replace(bank, **fields)
 
 

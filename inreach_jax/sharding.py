@@ -45,10 +45,13 @@ def split(mesh: Mesh | None) -> PartitionSpec:
     return PartitionSpec(axes) if axes else PartitionSpec()
 
 
-def pad_first(x: jax.Array, *, multiple: int) -> jax.Array:
+def pad_first(x: Any, *, multiple: int) -> Any:
     """Appends zeros until the first axis has a length that is a multiple of a number."""
     missing = -x.shape[0] % multiple
-    return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
+    padding = ((0, missing), *((0, 0),) * (x.ndim - 1))
+    if isinstance(x, np.ndarray):
+        return np.pad(x, padding)
+    return jnp.pad(x, padding) if missing else x
 
 
 def flat_mesh(mesh: Mesh | None) -> Mesh | None:
@@ -124,7 +127,7 @@ def place(x: Any, *, mesh: Mesh | None, spec: PartitionSpec | None = None) -> ja
     if mesh is None:
         return jax.device_put(x)
     sharding = NamedSharding(mesh, whole() if spec is None else spec)
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, sharding)
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -212,10 +215,46 @@ def cut_first(x: jax.Array, *, num: int, mesh: Mesh | None) -> jax.Array:
     return x[:num]
 
 
-def shards_of(x: jax.Array) -> list[jax.Array]:
+def shards_of(x: Any) -> list[Any]:
     """This process's shards along the first axis, in the order of `local_shards`."""
+    if not isinstance(x, jax.Array):  # what one device was given is on the host
+        return [x]
     found = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return [found[start] for start in sorted(found)]
+
+
+def agree(value: int) -> int:
+    """What the first process has, in all of them."""
+    return int(agree_all([value])[0])
+
+
+def agree_all(values: Sequence[int]) -> list[int]:
+    """What the first process has, in all of them, which may have another number of values."""
+    if jax.process_count() == 1:
+        return list(values)
+    from jax.experimental import multihost_utils
+
+    num = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
+    mine = np.zeros(num, np.int32)
+    mine[: min(num, len(values))] = values[:num]
+    return [int(x) for x in multihost_utils.broadcast_one_to_all(mine)] if num else []
+
+
+def merge(mine: np.ndarray) -> np.ndarray:
+    """The maximum of what the processes have, in all of them."""
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(mine)).max(axis=0)
+
+
+def wait(name: str) -> None:
+    """Until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def alone() -> contextlib.AbstractContextManager[Any]:

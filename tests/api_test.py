@@ -45,6 +45,7 @@ _POSITIONAL_OPTIONS = {
     "inreach_jax.extraction.patch_grid": {"config"},
     "inreach_jax.extraction.position_of": {"grid"},
     # As the functions of jax.lax have them.
+    "inreach_jax.sharding.agree": {"value"},
     "inreach_jax.sharding.exchange": {"axes"},
     "inreach_jax.sharding.first_row": {"num_rows", "axes"},
     "inreach_jax.sharding.gather": {"axes"},

@@ -29,6 +29,7 @@ ORDER = (
     "fitting",
     "scoring",
     "pipeline",
+    "memory",
     "metrics",
     "checkpoint",
     "datasets",

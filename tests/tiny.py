@@ -28,6 +28,7 @@ FLAGS = (
     *("--resize=36", "--crop=32", "--level_dim=none"),
     *("--num_seeds=3", "--min_channel_length=2"),
     *("--smoothing_sigma=2", f"--batch_size={BATCH}"),
+    "--devices=1",
 )
 """CONFIG and BATCH on a command line."""
 NUM_PATCHES = 64

@@ -23,8 +23,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from inreach_jax import sharding
 from inreach_jax.datasets import files
 from inreach_jax.datasets.splits import GOOD, Dataset, Split, join
 
@@ -96,7 +98,7 @@ class Manifest:
 def list_entries(
     dataset: Dataset, *, progress: Callable[[str, int, int | None], None] | None = None
 ) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Hashes all files of a category; every one is read.
+    """Hashes all files of a category; every one is read, with several processes by one of them.
 
     Args:
       dataset: Any.
@@ -109,14 +111,23 @@ def list_entries(
       OSError: a file cannot be read.
       ValueError: a set made in memory has images that cannot be decoded.
     """
-    total = len(dataset.train) + len(dataset.test)
+    every, num_train = join(dataset.train, dataset.test), len(dataset.train)
+    total = len(every)
+    # Of the image, of the mask, and whether there is one: what processes can tell one another.
+    digests = np.zeros((total, 65), np.uint8)
+    for i in range(jax.process_index(), total, jax.process_count()):
+        entry = _entry(every, i)
+        of_mask = entry.mask_sha256 or "00" * 32
+        flag = f"{entry.mask_sha256 is not None:02x}"
+        digests[i] = np.frombuffer(bytes.fromhex(entry.sha256 + of_mask + flag), np.uint8)
+        if progress is not None:
+            progress("hashing", min(i + jax.process_count(), total), total)
     entries = []
-    for split in (dataset.train, dataset.test):
-        for i in range(len(split)):
-            entries.append(_entry(split, i))
-            if progress is not None:
-                progress("hashing", len(entries), total)
-    return tuple(entries[: len(dataset.train)]), tuple(entries[len(dataset.train) :])
+    for name, label, digest in zip(every.names, every.labels, sharding.merge(digests), strict=True):
+        text = digest.tobytes().hex()
+        mask = text[64:128] if digest[64] else None
+        entries.append(Entry(name=name, label=label, sha256=text[:64], mask_sha256=mask))
+    return tuple(entries[:num_train]), tuple(entries[num_train:])
 
 
 def make_manifest(

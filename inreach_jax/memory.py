@@ -1,0 +1,240 @@
+"""What a fit and the scoring with its bank will keep where, before any of it is allocated."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from inreach_jax import bank as bank_lib
+from inreach_jax import distances, extraction, scoring, sharding
+from inreach_jax.backbones import Backbone
+from inreach_jax.config import InReachConfig
+from inreach_jax.store import Budget
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """Something that takes memory.
+
+    Attributes:
+      what: Its name.
+      phase: When it is there: "always", "fit" or "score".
+      place: "device" (each one), "host" or "disk" (of each process).
+      num_bytes: How much.
+      option: What makes it smaller.
+    """
+
+    what: str
+    phase: str
+    place: str
+    num_bytes: int
+    option: str
+
+
+def plan(
+    backbone: Backbone,
+    *,
+    config: InReachConfig,
+    num_images: int,
+    batch_size: int,
+    mesh: Mesh | None = None,
+    budget: Budget | None = None,
+) -> tuple[Item, ...]:
+    """What `fit` and `score_images` will keep where.
+
+    What XLA needs inside the backbone is taken from the compiled program; the rest follows from the
+    shapes.
+
+    Args:
+      backbone: With its variables.
+      config: The options.
+      num_images: N training images.
+      batch_size: Images per device and step.
+      mesh: As for `fit`.
+      budget: Likewise.
+
+    Returns:
+      The items, in the order in which they are needed.
+    """
+    mesh = sharding.flat_mesh(mesh)
+    shards, processes = sharding.num_shards(mesh), max(1, jax.process_count())
+    height, width = extraction.patch_grid(backbone, config)
+    num_patches, dim = height * width, extraction.descriptor_dim(backbone, config) + 2
+    row = 4 * dim
+    num_blocks = -(-num_images // (batch_size * shards))
+    block = batch_size * num_patches * row
+    crops = 4 * batch_size * 3 * config.crop[0] * config.crop[1]
+    weights = sum(np.asarray(x).nbytes for x in jax.tree.leaves(backbone.variables))
+    num_seeds = min(config.num_seeds, num_images)
+    items = [
+        Item(what="weights", phase="always", place="device", num_bytes=weights, option="backbone"),
+        Item(
+            what="backbone, one step",
+            phase="always",
+            place="device",
+            num_bytes=2 * crops
+            + extraction.step_bytes(backbone, config=config, batch_size=batch_size, mesh=mesh),
+            option="batch_size",
+        ),
+        Item(
+            what="descriptors, two steps",
+            phase="always",
+            place="device",
+            num_bytes=2 * block,
+            option="batch_size",
+        ),
+        Item(
+            what="seeds",
+            phase="fit",
+            place="device",
+            num_bytes=2 * num_seeds * num_patches * row,
+            option="num_seeds",
+        ),
+    ]
+    rows = num_images * num_patches
+    if config.nominal == "all":
+        per_image = num_patches
+        if config.max_bank_rows is not None:
+            per_image = min(num_patches, max(1, config.max_bank_rows // num_images))
+        rows = num_images * per_image
+    else:
+        block_bytes = block * shards // processes
+        places = (budget or Budget()).places(num_blocks=num_blocks, block_bytes=block_bytes)
+        per_place = {"device": processes / shards, "host": 1, "disk": 1}
+        items += [
+            Item(
+                what=f"descriptors of {num * batch_size * shards} images",
+                phase="fit",
+                place=place,
+                num_bytes=int(num * block_bytes * per_place[place]),
+                option="memory_budget",
+            )
+            for place, num in places.items()
+            if num and place != "nowhere"
+        ]
+        if config.radius_filter != "none":
+            sums = num_seeds * num_patches * row
+            items.append(
+                Item(
+                    what="sums and means of channels",
+                    phase="fit",
+                    place="device",
+                    num_bytes=sums // shards + 2 * sums,
+                    option="num_seeds",
+                )
+            )
+        items.append(
+            Item(
+                what="numbers per patch",
+                phase="fit",
+                place="host",
+                num_bytes=32 * num_images * num_patches,
+                option="num_seeds",
+            )
+        )
+    bank = bank_lib.bank_capacity(rows) * row
+    items += [
+        # Gathered on each device, put in order, and centred.
+        Item(
+            what=f"rows of the bank, up to {rows}",
+            phase="fit",
+            place="device",
+            num_bytes=3 * bank // shards + (bank if shards > 1 else 0),
+            option="max_bank_rows",
+        ),
+        Item(
+            what="bank", phase="score", place="device", num_bytes=bank // shards,
+            option="max_bank_rows",
+        ),
+        Item(
+            what="distances, one step",
+            phase="score",
+            place="device",
+            num_bytes=_search_bytes(
+                config, num_images=num_images, num_patches=num_patches, batch_size=batch_size,
+                shards=shards,
+            ),
+            option="batch_size",
+        ),
+    ]  # fmt: skip
+    return tuple(items)
+
+
+def _search_bytes(
+    config: InReachConfig, *, num_images: int, num_patches: int, batch_size: int, shards: int
+) -> int:
+    product = 3 * 4 * distances.DEFAULT_TILE * batch_size * shards * num_patches
+    if config.nominal == "channels":
+        return product
+    return max(scoring.CHUNK_BYTES, 16 * num_images * num_patches) + product
+
+
+def peak(items: Sequence[Item], *, place: str) -> int:
+    """The most bytes that are there at a time.
+
+    Args:
+      items: From `plan`.
+      place: "device", "host" or "disk".
+
+    Returns:
+      What is always there and the larger of what fitting and scoring need.
+    """
+    of = dict.fromkeys(("always", "fit", "score"), 0)
+    for item in items:
+        if item.place == place:
+            of[item.phase] += item.num_bytes
+    return of["always"] + max(of["fit"], of["score"])
+
+
+def check(items: Sequence[Item], *, limit: int | None = None) -> None:
+    """Refuses a plan that cannot work out.
+
+    Args:
+      items: From `plan`.
+      limit: Bytes of a device; None for what it has, where that is known.
+
+    Raises:
+      ValueError: it needs more than there is. The message says which option to change.
+    """
+    available = device_bytes() if limit is None else limit
+    needed = peak(items, place="device")
+    if available is not None and needed > available:
+        largest = max((x for x in items if x.place == "device"), key=lambda item: item.num_bytes)
+        raise ValueError(
+            f"{needed / 2**30:.1f} GiB are needed on each device, and it has "
+            f"{available / 2**30:.1f}; most of it for {largest.what} "
+            f"({largest.num_bytes / 2**30:.1f} GiB): lower {largest.option}, or use more devices"
+        )
+
+
+def device_bytes() -> int | None:
+    """What the default device has, or this machine where that is the same; None if unknown."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats:
+        return int(stats.get("bytes_limit", 0)) or None
+    if device.platform != "cpu":
+        return None
+    limits = [_total_memory()]
+    for path in map(pathlib.Path, _CGROUP_LIMITS):
+        try:
+            limits.append(int(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # none there, or "max"
+            continue
+    known = [x for x in limits if x]
+    # Devices of one CPU share what there is.
+    return min(known) // len(jax.local_devices()) if known else None
+
+
+def _total_memory() -> int:
+    try:
+        text = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    kilobytes = next((x.split()[1] for x in text.splitlines() if x.startswith("MemTotal")), "0")
+    return int(kilobytes) * 1024
