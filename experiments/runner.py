@@ -127,7 +127,8 @@ def start() -> Mesh | None:
             k: int(os.environ[v]) for k, v in number.items() if v in os.environ
         }
         try:
-            jax.distributed.initialize(**given)
+            # The others end so many seconds after one has died; they cannot go on without it.
+            jax.distributed.initialize(**given, heartbeat_timeout_seconds=20)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 f"--distributed: {error} Start it under Slurm, Open MPI, Kubernetes or on a TPU "

@@ -221,6 +221,8 @@ class FitJournal:
           Blocks done, what each entry added after how many blocks, in order, and the running state.
         """
         folder = self._folder(phase, mesh)
+        if jax.process_index() == 0:
+            shutil.rmtree(self._trash, ignore_errors=True)
         done = [step for step in _steps(folder) if (folder / str(step) / "added").is_dir()]
         done = [int(x) for x in sharding.agree_all(done)]
         if jax.process_index() == 0 and folder.is_dir():
@@ -274,8 +276,15 @@ class FitJournal:
     def finish(self) -> None:
         """Removes all of it: the bank is safe."""
         sharding.wait("finish")
-        if jax.process_index() == 0:
-            shutil.rmtree(self._root, ignore_errors=True)
+        if jax.process_index() == 0 and self._root.is_dir():
+            # At a stroke first: half of the entries would be taken for progress.
+            shutil.rmtree(self._trash, ignore_errors=True)
+            self._root.rename(self._trash)
+            shutil.rmtree(self._trash, ignore_errors=True)
+
+    @property
+    def _trash(self) -> pathlib.Path:
+        return self._root.with_name(f"{self._root.name}.finished")
 
     def _folder(self, phase: str, mesh: Mesh | None) -> pathlib.Path:
         return self._root / f"{self._key}-{sharding.num_shards(mesh)}" / phase
