@@ -153,7 +153,11 @@ def choose_span(*, growth: float, tolerance: float, num_images: int) -> int:
 
 
 def spread_at(
-    sq_distance: jax.Array, row: jax.Array, *, span: jax.Array
+    sq_distance: jax.Array,
+    row: jax.Array,
+    *,
+    span: jax.Array,
+    same_realization: float | jax.Array = SAME_REALIZATION,
 ) -> tuple[jax.Array, jax.Array]:
     """The spread of each patch's channel, and the row that it ends with.
 
@@ -161,6 +165,8 @@ def spread_at(
       sq_distance: [N, Q] float32, squared, to the nearest row of each of N >= 2 images.
       row: [N, Q] int32, which rows these are.
       span: [] int32, at least 1 and otherwise at most `LIMIT_SHARE` of N.
+      same_realization: [] float32 in [0, 1]: within this share of the distance to the next
+        realization, the nearest one does not count. 0 to let all count.
 
     Returns:
       [Q] float32, squared, and [Q] int32; the lowest image counts first on ties.
@@ -168,7 +174,7 @@ def spread_at(
     limit = span_limit(num_images=len(sq_distance)) + 1
     negated, image = lax.top_k(-sq_distance.T, limit)
     # Squared like the distances. Where both are infinite there is nothing to skip.
-    same = negated[:, 0] > SAME_REALIZATION**2 * negated[:, 1]
+    same = negated[:, 0] > same_realization**2 * negated[:, 1]
     last = jnp.where(same, span, span - 1)[:, None]
     image = jnp.take_along_axis(image, last, axis=1)
     spread = -jnp.take_along_axis(negated, last, axis=1)[:, 0]
