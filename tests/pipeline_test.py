@@ -369,6 +369,30 @@ def test_order_of_the_images_that_are_no_seeds_does_not_matter(
     assert sorted((order[image], patch) for image, patch in patches_of(other)) == patches_of(bank)
 
 
+def test_the_unit_of_descriptors_does_not_matter(backbone: Backbone) -> None:
+    """Another backbone's are longer or shorter: spans are the same, and so is every ranking."""
+    config = ALL.replace(positional="off", spread_growth=0.2)
+    sets = [
+        inreach_jax.extract(backbone, images, config=config, batch_size=BATCH)
+        for images in (tiny.images(NUM_ALL), tiny.images(4, seed=1, noise=40.0))
+    ]
+
+    def score(unit: float) -> tuple[int, Scores]:
+        train, test = (
+            dataclasses.replace(described, blocks=[unit * block for block in described.blocks])
+            for described in sets
+        )
+        bank = inreach_jax.fit_descriptors(train, config=config)
+        blocks = list(inreach_jax.score_descriptor_set(bank, test, config=config))
+        return int(np.asarray(bank.span)), jax.tree.map(lambda *x: np.concatenate(x), *blocks)
+
+    (span, expected), (other_span, actual) = score(1.0), score(10.0)
+    assert span == other_span > 1
+    np.testing.assert_allclose(actual.maps, 10 * expected.maps, rtol=1e-4)
+    np.testing.assert_allclose(actual.image, 10 * expected.image, rtol=1e-4)
+    np.testing.assert_array_equal(np.argsort(actual.image), np.argsort(expected.image))
+
+
 # Alignment.
 
 
