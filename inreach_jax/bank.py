@@ -61,6 +61,7 @@ def make_bank(
     *,
     multiplicity: np.ndarray,
     span: int | None = None,
+    isolation: np.ndarray | None = None,
     reference: jax.Array | None = None,
 ) -> NominalBank:
     """A bank of rows in the order of (image, patch).
@@ -70,6 +71,8 @@ def make_bank(
       multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
       span: How many realizations must share a patch, in which case each image must have equally
         many rows, and there is no padding; None where any row will do.
+      isolation: [N, P] float32 on the host, from `support.isolation`, where there is a span; None
+        where image scores are not to be relative.
       reference: [h, w, 3] float32 that images were aligned to, if they were.
 
     Returns:
@@ -94,6 +97,10 @@ def make_bank(
                 f"with a span every image must have equally many rows, and all {rows.shape[0]} be "
                 f"in use; got {sorted(set(of_images.tolist()))} per image, {count} in all"
             )
+    of_rows = None
+    if isolation is not None:
+        usual = np.median(isolation)  # 0 where images are copies of one another
+        of_rows = jnp.asarray(isolation[image, patch] / (usual if usual > 0 else np.float32(1)))
     padding = (0, rows.shape[0] - count)
     valid = (jnp.arange(rows.shape[0]) < count)[:, None]
     centre = jnp.sum(jnp.where(valid, rows, 0), axis=0) / count
@@ -105,6 +112,7 @@ def make_bank(
         multiplicity=jnp.asarray(np.pad(multiplicity[image, patch].astype(np.int32), padding)),
         count=jnp.asarray(count, jnp.int32),
         span=None if span is None else jnp.asarray(span, jnp.int32),
+        isolation=of_rows,
         reference=reference,
         per_image=per_image,
     )

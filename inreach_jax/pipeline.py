@@ -301,20 +301,27 @@ def _fit_all(
     """The bank of all patches, and the span that the seeds show to be asked for."""
     num_images, size = descriptors.num_images, descriptors.blocks[0].shape[0]
     seed_index = support.spread_seeds(num_images=num_images, num_seeds=config.num_seeds)
-    of_seeds = descriptors.select(seed_index)
-    seeds = of_seeds.first(len(seed_index))
-    spreads = []
-    for images, block in of_seeds.enumerate():
-        num = images.stop - images.start
-        index = np.pad(seed_index[images], (0, size - num), mode="edge")
-        spreads.append(_seed_distances(seeds, block, seed_index, index)[:num])
-        progress("association", images.stop, len(seed_index))
+    seeds = descriptors.select(seed_index).first(len(seed_index))
+    spreads, isolation = [], []
+    for images, block in descriptors.enumerate():
+        index = np.arange(images.start, images.start + size, dtype=np.int32)
+        spread = _seed_distances(seeds, block, seed_index, index)
+        own = seed_index[(images.start <= seed_index) & (seed_index < images.stop)]
+        spreads.append(spread[own - images.start])
+        isolation.append(np.asarray(_isolation(spread))[: images.stop - images.start])
+        progress("association", images.stop, num_images)
     growth = float(_growth_exponent(jnp.concatenate(spreads)))
     span = support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=num_images)
     kept = bank_lib.thin(
         num_images=num_images, num_patches=seeds.shape[1], max_rows=config.max_bank_rows
     )
-    return _collect(descriptors, kept.astype(np.int32), span=span, progress=progress)
+    return _collect(
+        descriptors,
+        kept.astype(np.int32),
+        span=span,
+        isolation=np.concatenate(isolation),
+        progress=progress,
+    )
 
 
 def _associate_all(
@@ -357,6 +364,7 @@ def _collect(
     multiplicity: np.ndarray,
     *,
     span: int | None = None,
+    isolation: np.ndarray | None = None,
     progress: Progress,
 ) -> NominalBank:
     """The bank of the patches whose multiplicity, [N, P] int32, is positive."""
@@ -374,6 +382,7 @@ def _collect(
         rows[:capacity],
         multiplicity=multiplicity,
         span=span,
+        isolation=isolation,
         reference=descriptors.reference,
     )
 
@@ -592,6 +601,7 @@ _append_position = jax.jit(descriptors_lib.append_position)
 _append_rows = jax.jit(bank_lib.append_rows, donate_argnums=0)
 _member_radii = jax.jit(channels_lib.member_radii)
 _growth_exponent = jax.jit(support.growth_exponent)
+_isolation = jax.jit(support.isolation)
 _score_descriptors = jax.jit(scoring.score_descriptors, static_argnames=("grid", "config"))
 _score_crops = jax.jit(score_crops, static_argnames=("spec", "config"))
 

@@ -44,12 +44,29 @@ def score_patches(
     Raises:
       ValueError: D differs between the bank and the descriptors, or `exclude` is not [B].
     """
+    value, row, _ = _search(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
+    return value, row
+
+
+def _search(
+    bank: NominalBank,
+    descriptors: jax.Array,
+    *,
+    exclude: jax.Array | None,
+    tile: int,
+    precision: lax.Precision,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What `score_patches` gives, and the local scale [B, P] where the bank tells it."""
     _check_descriptors(bank, descriptors, exclude)
     shape = descriptors.shape[:2]
     if bank.span is not None:
         each = image_distances(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
         value, row = support.spread_at(*each, span=bank.span)
-        return value.reshape(shape), row.reshape(shape)
+        scale = None
+        if bank.isolation is not None:
+            scale = support.local_scale(*each, isolation=bank.isolation, span=bank.span)
+            scale = scale.reshape(shape)
+        return value.reshape(shape), row.reshape(shape), scale
     valid = jnp.arange(bank.rows.shape[0]) < bank.count
 
     def search(queries: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -66,9 +83,9 @@ def score_patches(
             lambda image: search(image[0], valid & (bank.image != image[1])),
             (descriptors, exclude),
         )
-        return of_images
+        return *of_images, None
     value, row = search(descriptors.reshape(-1, descriptors.shape[-1]), valid)
-    return value.reshape(shape), row.reshape(shape)
+    return value.reshape(shape), row.reshape(shape), None
 
 
 def image_distances(
@@ -174,13 +191,16 @@ def score_descriptors(
     Returns:
       Scores of the B images.
     """
-    value, index = score_patches(bank, descriptors, exclude=exclude, tile=tile, precision=precision)
-    return scores_of_patches(value, index, grid=grid, config=config, angles=angles)
+    value, index, scale = _search(
+        bank, descriptors, exclude=exclude, tile=tile, precision=precision
+    )
+    return scores_of_patches(value, index, scale, grid=grid, config=config, angles=angles)
 
 
 def scores_of_patches(
     sq_distance: jax.Array,
     nearest: jax.Array,
+    scale: jax.Array | None = None,
     *,
     grid: tuple[int, int],
     config: InReachConfig,
@@ -191,6 +211,7 @@ def scores_of_patches(
     Args:
       sq_distance: [B, Hp * Wp] float32, squared, as `score_patches` has it.
       nearest: [B, Hp * Wp] int32, likewise.
+      scale: [B, Hp * Wp] float32, of `support.local_scale`; None for the same everywhere.
       grid: (Hp, Wp).
       config: As for `score_descriptors`.
       angles: Likewise.
@@ -199,6 +220,9 @@ def scores_of_patches(
       Scores of the B images.
     """
     value = _root(sq_distance) if config.distance == "euclidean" else sq_distance
+    if scale is not None and config.relative > 0:
+        power = config.relative * (1 if config.distance == "euclidean" else 2)
+        value = value / scale**power
     shape = (value.shape[0], *grid)
     patches = value.reshape(shape)
     maps = make_maps(
