@@ -2,15 +2,18 @@
 
     python -m experiments.ablation --category=screw --data_dir=DIR --workdir=OUT
 
-One option at a time: the default preset with each ingredient taken out or changed, the channels
-preset (the published algorithm at its best) with each of the released choices put in, and the
-official preset with each of them put right. Every variant is fitted on the same training images, of
-which a share (--ratios) are anomalous test images that are then not scored: protocol "noise" of
-docs/data.md.
+One option at a time: the default preset with each ingredient taken out or changed; a memory that is
+searched for the nearest patch ("plain") with each ingredient alone; the channels preset (the
+published algorithm at its best) with each of the released choices put in, and the official preset
+with each of them put right. Every variant is fitted on the same training images, of which a share
+(--ratios) are anomalous test images that are then not scored: protocol "noise" of docs/data.md.
+With --overlap=yes or --protocol=transductive they are; only there does it matter that the same
+realization does not count. `--tfds_dir=DIR` instead of --data_dir reads what `experiments.prepare`
+has prepared.
 
 Each finished cell is kept in `OUT/cells/`; the same command continues after a kill. In the end
 `results.json` (a list of rows), `table.md` and `figure.png` are made of all cells.
-Expected of screw: docs/reference.md.
+Expected of screw: docs/benchmarks.md and docs/reference.md.
 """
 
 import pathlib
@@ -23,7 +26,7 @@ from absl import flags
 import inreach_jax
 from experiments import common_flags, runner, sweep
 from experiments.progress import PhaseTimer
-from inreach_jax.datasets import load_category
+from inreach_jax.extraction import patch_grid
 
 _VARIANTS = flags.DEFINE_list("variants", None, "Some of the variants' names; default all.")
 
@@ -55,10 +58,12 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "growth 0.2": {"spread_growth": 0.2},
     "20 seeds": {"num_seeds": 20},
     "80 seeds": {"num_seeds": 80},
-    "30000 rows": {"max_bank_rows": 30_000},
     "squared distances": {"distance": "squared"},
     "contrast 0": {"image_contrast": 0.0},
     "contrast 1": {"image_contrast": 1.0},
+    "absolute distances": {"relative": 0.0},
+    "relative 0.25": {"relative": 0.25},
+    "relative 0.75": {"relative": 0.75},
     "smoothing 8": {"smoothing_sigma": 8.0},
     "smoothing 13": {"smoothing_sigma": 13.0},
     "BatchNorm of each image": {"batch_norm": "image"},
@@ -69,6 +74,10 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "position on": {"positional": "on"},
     "aligned": {"alignment": "rotation"},
 }
+# The share of the patches that is remembered, of 784 an image; a limit is in rows.
+_ROW_SHARES = (0.3, 0.1, 0.03)
+# A memory that is searched for the nearest patch, whose map's maximum is the image score.
+_PLAIN: Mapping[str, Any] = {"spread_growth": 1e-9, "image_contrast": 0.0, "relative": 0.0}
 _CHANNEL_CHOICES: Mapping[str, Mapping[str, Any]] = {
     "20 seeds": {"num_seeds": 20},
     "40 seeds": {"num_seeds": 40},
@@ -78,13 +87,20 @@ _CHANNEL_CHOICES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def variants() -> dict[str, inreach_jax.InReachConfig]:
-    """Every variant by name, the presets first."""
+def variants(*, num_patches: int) -> dict[str, sweep.Method]:
+    """Every variant by name, the presets first.
+
+    Args:
+      num_patches: Of all training images, which shares of them are of.
+    """
     presets = inreach_jax.PRESETS
     default, channels, official = presets["default"], presets["channels"], presets["official"]
     named = {name: presets[name] for name in ("default", "channels", "paper", "official")}
     for choice, changes in _CHOICES.items():
         named[f"default: {choice}"] = default.replace(**changes)
+    for share in _ROW_SHARES:
+        limit = round(share * num_patches)
+        named[f"default: {share:.0%} of the rows"] = default.replace(max_bank_rows=limit)
     for choice, changes in _CHANNEL_CHOICES.items():
         named[f"channels: {choice}"] = channels.replace(**changes)
     for quirk, options in _QUIRKS.items():
@@ -94,26 +110,47 @@ def variants() -> dict[str, inreach_jax.InReachConfig]:
         named[f"official - {quirk}"] = official.replace(
             **{name: getattr(channels, name) for name in options}
         )
-    return named
+    made = {name: sweep.Method(config=config) for name, config in named.items()}
+    plain = default.replace(**_PLAIN)
+    contrast = plain.replace(image_contrast=default.image_contrast)
+    span = plain.replace(spread_growth=default.spread_growth)
+    relative = span.replace(relative=default.relative)
+    return made | {
+        "default: all realizations count": sweep.Method(config=default, memory="unskipped"),
+        "default: published image score": sweep.Method(
+            config=default.replace(image_contrast=0.0, smoothing_sigma=13.0)
+        ),
+        "plain": sweep.Method(config=plain, memory="full"),
+        "plain + span": sweep.Method(config=span, memory="unskipped"),
+        "plain + same realization skipped": sweep.Method(config=plain),
+        "plain + contrast": sweep.Method(config=contrast, memory="full"),
+        "plain + span, relative": sweep.Method(config=relative, memory="unskipped"),
+    }
 
 
 def write_report(rows: Sequence[sweep.Row], workdir: pathlib.Path) -> str:
-    """Writes `results.json`, `table.md` and `figure.png`; returns the table."""
+    """Writes `results.json`, `table.md` and `figure.png`; returns the tables."""
     runner.write_json(workdir / "results.json", list(rows))
-    table = sweep.table(rows, _COLUMNS)
+    overlaps = list(dict.fromkeys(row["overlap"] for row in rows))
+    by_overlap = [[row for row in rows if row["overlap"] == overlap] for overlap in overlaps]
+    table = "\n".join(sweep.titled_table(chosen, _COLUMNS) for chosen in by_overlap)
     (workdir / "table.md").write_text(table, encoding="utf-8")
 
     names = list(dict.fromkeys(row["method"] for row in rows))
     ratios = sorted({row["ratio"] for row in rows})
-    figure = matplotlib.figure.Figure(figsize=(11, 0.28 * len(names) + 1.2))
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, measure, label in zip(
-        axes, ("image_auroc", "aupro"), ("image AUROC", "AUPRO"), strict=True
-    ):
+    panels = [
+        (chosen, measure, label)
+        for chosen in by_overlap
+        for measure, label in (("image_auroc", "image AUROC"), ("aupro", "AUPRO"))
+    ]
+    figure = matplotlib.figure.Figure(figsize=(3 + 4 * len(panels), 0.28 * len(names) + 1.4))
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (chosen, measure, label) in zip(axes, panels, strict=True):
         for ratio in ratios:
-            mean = [sweep.values(rows, name, ratio, measure).mean() for name in names]
+            mean = [sweep.values(chosen, name, ratio, measure).mean() for name in names]
             axis.plot(mean, range(len(names)), "o", label=f"{ratio:.0%}")
         axis.set_xlabel(label)
+        axis.set_title(sweep.title(chosen[0]), fontsize="small")
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
@@ -125,32 +162,32 @@ def write_report(rows: Sequence[sweep.Row], workdir: pathlib.Path) -> str:
 
 def main() -> None:
     """Runs the cells that are missing, then reports on all of them."""
-    chosen = variants()
+    ratios = common_flags.ratios()
+    dataset = common_flags.load(common_flags.required(common_flags.CATEGORY))
+    draws = sweep.make_draws(
+        dataset,
+        protocol=common_flags.PROTOCOL.value or "noise",
+        ratios=ratios,
+        seeds=common_flags.SEEDS.value,
+        overlap=common_flags.OVERLAP.value,
+        num_train=common_flags.NUM_TRAIN.value,
+        progress=PhaseTimer(),
+    )
+    workdir = common_flags.required(common_flags.WORKDIR)
+    backbone = inreach_jax.load_backbone(
+        common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
+    )
+    height, width = patch_grid(backbone, inreach_jax.InReachConfig())
+    chosen = variants(num_patches=len(draws[0].manifest.train) * height * width)
     if _VARIANTS.value:
         unknown = sorted(set(_VARIANTS.value) - set(chosen))
         if unknown:
             raise ValueError(f"--variants: there is no {unknown}; there are {list(chosen)}")
         chosen = {name: chosen[name] for name in _VARIANTS.value}
-    ratios = common_flags.ratios()
-    dataset = load_category(
-        common_flags.required(common_flags.DATA_DIR), common_flags.required(common_flags.CATEGORY)
-    )
-    draws = sweep.make_draws(
-        dataset,
-        protocol="noise",
-        ratios=ratios,
-        seeds=common_flags.SEEDS.value,
-        overlap="no",
-        num_train=common_flags.NUM_TRAIN.value,
-        progress=PhaseTimer(),
-    )
-    workdir = runner.make_workdir(common_flags.required(common_flags.WORKDIR))
-    backbone = inreach_jax.load_backbone(
-        common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
-    )
+    workdir = runner.make_workdir(workdir)
     rows = sweep.run(
         dataset,
-        {name: sweep.Method(config=config) for name, config in chosen.items()},
+        chosen,
         draws,
         backbone=backbone,
         batch_size=common_flags.BATCH_SIZE.value,

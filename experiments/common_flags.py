@@ -10,10 +10,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from absl import flags
 
 from inreach_jax import BACKBONES, PRESETS, Budget, InReachConfig
-from inreach_jax.datasets import PROTOCOLS
+from inreach_jax.datasets import (
+    PROTOCOLS,
+    Dataset,
+    list_categories,
+    list_prepared,
+    load_category,
+    load_prepared,
+)
 
 CATEGORY = flags.DEFINE_string("category", None, "A category of the data set.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder that the categories are in.")
+TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "Where prepared sets are.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the results.")
 BACKBONE = flags.DEFINE_enum(
     "backbone", "efficientnet_lite0", sorted(BACKBONES), "The network that features come from."
@@ -65,6 +73,38 @@ def required(flag: flags.FlagHolder[Any]) -> Any:
     if flag.value is None:
         raise ValueError(f"--{flag.name} is needed: {flags.FLAGS[flag.name].help}")
     return flag.value
+
+
+def categories() -> list[str]:
+    """All categories in --data_dir or --tfds_dir.
+
+    Raises:
+      OSError: nothing is there.
+      ValueError: both flags or none are given.
+    """
+    prepared = _prepared()
+    names = list_categories(required(DATA_DIR)) if prepared is None else list_prepared(prepared)
+    return list(names)
+
+
+def load(category: str) -> Dataset:
+    """One category, from --data_dir or --tfds_dir.
+
+    Raises:
+      OSError: nothing is there.
+      ValueError: as `load_category` and `load_prepared`; both flags or none are given.
+    """
+    prepared = _prepared()
+    if prepared is None:
+        return load_category(required(DATA_DIR), category)
+    return load_prepared(prepared, category)
+
+
+def _prepared() -> str | None:
+    """The folder of prepared sets, if they are to be read."""
+    if TFDS_DIR.value is not None and DATA_DIR.value is not None:
+        raise ValueError("--data_dir and --tfds_dir are two places for one set; give one of them")
+    return TFDS_DIR.value
 
 
 def config() -> InReachConfig:

@@ -3,6 +3,8 @@ r"""What contaminated training data costs each method, on one category, by an ex
     python -m experiments.contamination --category=screw --data_dir=DIR --workdir=OUT \
         --ratios=0,0.1,0.2,0.4 --seeds=3 --overlap=both
 
+`--tfds_dir=DIR` instead of --data_dir reads what `experiments.prepare` has prepared.
+
 Every method is fitted on the same training images, of which a share (--ratios) are anomalous, and
 scores the same test images: protocol "noise" of docs/data.md. With --overlap=yes the anomalous
 training images are scored, too; "both" measures the two on one fit. --protocol=transductive scores
@@ -30,7 +32,7 @@ from tabulate import tabulate
 import inreach_jax
 from experiments import common_flags, runner, sweep
 from experiments.progress import PhaseTimer
-from inreach_jax.datasets import load_category, write_manifest
+from inreach_jax.datasets import write_manifest
 
 METHODS = (
     *("official", "paper", "default"),
@@ -44,8 +46,6 @@ _RESAMPLES = flags.DEFINE_integer(
 
 _COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "aupro_005")
 _PURITY = ("nominal_precision", "nominal_recall", "bank_rows")
-_OVERLAP = {"no": "test images not trained on", "yes": "anomalous training images scored, too"}
-_TRANSDUCTIVE = "training images scored, own patches left out"
 
 _PUBLISHED = (
     (
@@ -91,7 +91,11 @@ def methods(names: Sequence[str], config: inreach_jax.InReachConfig) -> dict[str
     if unknown or not names:
         raise ValueError(f"--methods: there is no {unknown}; there are {list(known)}")
     peer = config.replace(
-        nominal="all", distance="euclidean", image_contrast=0.0, smoothing_sigma=4.0
+        nominal="all",
+        distance="euclidean",
+        image_contrast=0.0,
+        relative=0.0,
+        smoothing_sigma=4.0,
     )
     made = {}
     for name in names:
@@ -185,8 +189,7 @@ def write_report(rows: Sequence[sweep.Row], workdir: pathlib.Path, *, resamples:
     overlaps = list(dict.fromkeys(row["overlap"] for row in rows))
     for overlap in overlaps:
         chosen = [row for row in rows if row["overlap"] == overlap]
-        title = _title(chosen[0])
-        parts += [f"**{title[0].upper()}{title[1:]}.** {sweep.table(chosen, _COLUMNS)}"]
+        parts += [sweep.titled_table(chosen, _COLUMNS)]
         if any(row["method"] == "default" for row in chosen) and len({*map(_method, chosen)}) > 1:
             parts += [differences(chosen, resamples=resamples) + "\n"]
     parts += [
@@ -197,11 +200,6 @@ def write_report(rows: Sequence[sweep.Row], workdir: pathlib.Path, *, resamples:
     (workdir / "table.md").write_text(text, encoding="utf-8")
     _figure(rows, overlaps).savefig(workdir / "figure.png", dpi=110)
     return text
-
-
-def _title(row: sweep.Row) -> str:
-    """What is scored."""
-    return _TRANSDUCTIVE if row["protocol"] == "transductive" else _OVERLAP[row["overlap"]]
 
 
 def _method(row: sweep.Row) -> str:
@@ -228,7 +226,7 @@ def _figure(rows: Sequence[sweep.Row], overlaps: Sequence[str]) -> matplotlib.fi
                 axis.fill_between(ratios, mean - spread, mean + spread, color=f"C{i}", alpha=0.1)
             axis.set_xlabel("anomalous share of the training images")
             axis.set_ylabel(label)
-            axis.set_title(_title(chosen[0]), fontsize="medium")
+            axis.set_title(sweep.title(chosen[0]), fontsize="medium")
             axis.grid(alpha=0.3)
     grid[0][1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
@@ -240,9 +238,7 @@ def main() -> None:
     chosen = methods(_METHODS.value, common_flags.config())
     ratios = common_flags.ratios()
     protocol = common_flags.PROTOCOL.value or "noise"
-    dataset = load_category(
-        common_flags.required(common_flags.DATA_DIR), common_flags.required(common_flags.CATEGORY)
-    )
+    dataset = common_flags.load(common_flags.required(common_flags.CATEGORY))
     draws = sweep.make_draws(
         dataset,
         protocol=protocol,

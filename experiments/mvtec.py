@@ -29,17 +29,12 @@ from absl import flags
 
 import inreach_jax
 from experiments import common_flags, runner
-from experiments.prepare import TFDS_DIR
 from experiments.progress import PhaseTimer
 from inreach_jax.datasets import (
     Dataset,
     Manifest,
     apply_manifest,
-    list_categories,
     list_entries,
-    list_prepared,
-    load_category,
-    load_prepared,
     make_manifest,
     read_manifest,
     write_manifest,
@@ -78,8 +73,9 @@ def main() -> None:
     common_flags.budget()
     mesh = runner.start()
     # Whatever is wrong with a category, a flag or a file shows before the first one is fitted.
-    runs = [_choose(dataset, protocol, given) for dataset in _load(category)]
     every = category == "all"
+    names = common_flags.categories() if every else [category]
+    runs = [_choose(common_flags.load(name), protocol, given) for name in names]
     workdir = runner.make_workdir(workdir)
     backbone = inreach_jax.load_backbone(
         common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
@@ -108,23 +104,6 @@ def main() -> None:
         runner.finish(results, workdir=workdir)
     else:
         runner.print_results(results, workdir=workdir)
-
-
-def _load(category: str) -> list[Dataset]:
-    """One category or all, from --data_dir or --tfds_dir.
-
-    Raises:
-      OSError: nothing is there.
-      ValueError: as `load_category` and `load_prepared`; both flags or none are given.
-    """
-    if TFDS_DIR.value is None:
-        data_dir = common_flags.required(common_flags.DATA_DIR)
-        names = list_categories(data_dir) if category == "all" else (category,)
-        return [load_category(data_dir, name) for name in names]
-    if common_flags.DATA_DIR.value is not None:
-        raise ValueError("--data_dir and --tfds_dir are two places for one set; give one of them")
-    names = list_prepared(TFDS_DIR.value) if category == "all" else (category,)
-    return [load_prepared(TFDS_DIR.value, name) for name in names]
 
 
 def _protocol() -> str:

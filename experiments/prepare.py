@@ -17,7 +17,6 @@ from experiments import common_flags, runner
 from experiments.progress import PhaseTimer
 from inreach_jax.datasets import list_categories, prepare_category
 
-TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "Where prepared sets are.")
 _DATASET = flags.DEFINE_string("dataset", None, "Prepare: the builder's name.")
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     """Prepares what the flags say."""
     data_dir = common_flags.required(common_flags.DATA_DIR)
     category = common_flags.required(common_flags.CATEGORY)
-    tfds_dir = common_flags.required(TFDS_DIR)
+    tfds_dir = common_flags.required(common_flags.TFDS_DIR)
     for name in list_categories(data_dir) if category == "all" else (category,):
         with PhaseTimer() as timer:
             dataset = prepare_category(

@@ -33,12 +33,15 @@ MEASURES = (
     *("nominal_precision", "nominal_recall"),
 )
 
+_OVERLAP = {"no": "test images not trained on", "yes": "anomalous training images scored, too"}
+_TRANSDUCTIVE = "training images scored, own patches left out"
+
 _NUM_DECIDING = 120
 
 _RECALL = inreach_jax.InReachConfig(recall="patches")
 
 Row = dict[str, Any]
-Memory = Literal["bank", "full", "oracle", "patchcore", "softpatch"]
+Memory = Literal["bank", "unskipped", "full", "oracle", "patchcore", "softpatch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,10 @@ class Method:
 
     Attributes:
       config: Of the descriptors and the maps, and with "bank" of everything.
-      memory: "bank" for what `inreach_jax.fit_descriptors` makes; "full" and "oracle" for the
-        nearest of the rows that a bank of all patches has, with and without the anomalous ones;
-        else one of `experiments.peers`.
+      memory: "bank" for what `inreach_jax.fit_descriptors` makes; "unskipped" for the same where
+        an image that is its own likeness counts; "full" and "oracle" for the nearest of the rows
+        that a bank of all patches has, with and without the anomalous ones; else one of
+        `experiments.peers`.
     """
 
     config: inreach_jax.InReachConfig
@@ -207,6 +211,15 @@ def fit_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
     return config.replace(**{name: getattr(default, name) for name in SCORE_OPTIONS})
 
 
+def row_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
+    """The config with everything at its default that the rows of a bank do not depend on."""
+    config = fit_options(config)
+    if config.nominal != "all":
+        return config
+    default = inreach_jax.InReachConfig()
+    return config.replace(num_seeds=default.num_seeds, spread_growth=default.spread_growth)
+
+
 def feature_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
     """The config with everything at its default that descriptors do not depend on."""
     return inreach_jax.InReachConfig(**{name: getattr(config, name) for name in FEATURE_OPTIONS})
@@ -342,37 +355,34 @@ def _run_together(
 ) -> Iterator[tuple[list[str], list[Result]]]:
     """Fits and scores methods, those together that search the same rows, if any is wanted.
 
-    The bounds search what a bank of all patches holds, and so share its distances, which are what
-    a search costs.
+    The distances to all patches are what a search costs. Every span has its spread from the same
+    ones, and the bounds are their minima.
     """
-    by_bank: dict[inreach_jax.InReachConfig, list[str]] = {}
+    by_rows: dict[inreach_jax.InReachConfig, list[str]] = {}
     for name, method in methods.items():
-        if method.memory in ("bank", "full", "oracle"):
-            fitted = fit_options(method.config)
-            if method.memory != "bank":
-                fitted = fitted.replace(nominal="all")
-            by_bank.setdefault(fitted, []).append(name)
-    for config, names in by_bank.items():
+        if method.memory in _SEARCHED:
+            by_rows.setdefault(row_options(_fitted(method)), []).append(name)
+    for names in by_rows.values():
         if wanted.isdisjoint(names):
             continue
         print(f"{', '.join(names)}:")
+        chosen = [methods[name] for name in names]
         with PhaseTimer() as timer:
             try:
-                bank = inreach_jax.fit_descriptors(train, config=config, progress=timer)
+                banks = _fit_together(train, chosen, progress=timer)
             except ValueError as error:  # no channel survives: a result, too
                 yield names, [(str(error), None)] * len(names)
                 continue
-            chosen = [methods[name] for name in names]
             results: list[Result] = []
-            if bank.span is None:
-                for method in chosen:
+            if banks[0].span is None:
+                for method, bank in zip(chosen, banks, strict=True):
                     scored = inreach_jax.score_descriptor_set(
                         bank, test, config=method.config, leave_out=leave_out, progress=timer
                     )
                     results.append((bank, _concatenate(list(scored))))
             else:
                 results = _score_together(
-                    bank, chosen, test, good=good, leave_out=leave_out, progress=timer
+                    banks, chosen, test, good=good, leave_out=leave_out, progress=timer
                 )
         yield names, results
     for name, method in methods.items():
@@ -383,8 +393,35 @@ def _run_together(
             yield [name], [result]
 
 
+_SEARCHED = ("bank", "unskipped", "full", "oracle")
+"""Memories that are searched for the nearest row of each image."""
+
+
+def _fitted(method: Method) -> inreach_jax.InReachConfig:
+    """What a bank is fitted with: the bounds are of one of all patches, whatever the method's is.
+
+    A span without the skip can only be of such a bank, too.
+    """
+    config = fit_options(method.config)
+    return config if method.memory == "bank" else config.replace(nominal="all")
+
+
+def _fit_together(
+    train: inreach_jax.DescriptorSet, methods: Sequence[Method], *, progress: PhaseTimer
+) -> list[inreach_jax.NominalBank]:
+    """A bank for each method, all of which have the same rows and hold them once."""
+    fitted: dict[inreach_jax.InReachConfig, inreach_jax.NominalBank] = {}
+    for config in map(_fitted, methods):
+        if config not in fitted:
+            bank = inreach_jax.fit_descriptors(train, config=config, progress=progress)
+            for first in list(fitted.values())[:1]:
+                bank = dataclasses.replace(first, span=bank.span, isolation=bank.isolation)
+            fitted[config] = bank
+    return [fitted[_fitted(method)] for method in methods]
+
+
 def _score_together(
-    bank: inreach_jax.NominalBank,
+    banks: Sequence[inreach_jax.NominalBank],
     methods: Sequence[Method],
     test: inreach_jax.DescriptorSet,
     *,
@@ -392,51 +429,93 @@ def _score_together(
     leave_out: bool,
     progress: PhaseTimer,
 ) -> list[Result]:
-    """Scores for the bank of all patches and for the bounds that it implies."""
+    """Scores for banks of the same rows, of all patches, and for the bounds that they imply."""
+    bank = banks[0]
+    # A rule is a span, the share of `support.spread_at` and which seeds tell the scale: what the
+    # spreads of methods depend on, of each of which there is one.
+    rules = [
+        (
+            int(np.asarray(of_method.span)),
+            0.0 if method.memory == "unskipped" else support.SAME_REALIZATION,
+            method.config.num_seeds,
+        )
+        for method, of_method in zip(methods, banks, strict=True)
+    ]
+    of_rule = dict(zip(rules, banks, strict=True))
+    distinct = list(of_rule)
+    span = np.array([span for span, _, _ in distinct], np.int32)
+    share = np.array([share for _, share, _ in distinct], np.float32)
+    # With a span of 1 there is none, and it has no effect.
+    isolation = np.stack(
+        [
+            np.ones(len(bank.image), np.float32) if isolation is None else np.asarray(isolation)
+            for isolation in (of_rule[rule].isolation for rule in distinct)
+        ]
+    )
     # Whether each row may be a neighbour, for all and for the oracle.
     kept = np.ones((2, bank.rows.shape[0]), bool)
     kept[1] = good[np.asarray(bank.image), np.asarray(bank.patch)]
     kept = kept[: 1 + any(method.memory == "oracle" for method in methods)]
-    blocks: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in methods]
+    blocks: list[list[tuple[Any, ...]]] = [[] for _ in methods]
     for images, block in test.enumerate():
         index = np.arange(images.start, images.start + len(block), dtype=np.int32)
         spread, nearest = jax.device_get(
-            _search(bank, kept, block, exclude=index if leave_out else None)
+            _search(bank, span, share, isolation, kept, block, exclude=index if leave_out else None)
         )
-        for method, of_method in zip(methods, blocks, strict=True):
-            found = spread if method.memory == "bank" else nearest[method.memory == "oracle"]
-            of_method.append(found)
+        for method, rule, of_method in zip(methods, rules, blocks, strict=True):
+            bound = method.memory in ("full", "oracle")
+            i = int(method.memory == "oracle") if bound else distinct.index(rule)
+            of_method.append(
+                (*(x[i] for x in nearest), None) if bound else tuple(x[i] for x in spread)
+            )
         progress("scoring", images.stop, test.num_images)
     remembered = _select_rows(bank, kept[-1])
     return [
         (
-            remembered if method.memory == "oracle" else bank,
-            _finish(test, of_method, config=method.config),
+            remembered if method.memory == "oracle" else of_method,
+            _finish(test, found, config=method.config),
         )
-        for method, of_method in zip(methods, blocks, strict=True)
+        for method, of_method, found in zip(methods, banks, blocks, strict=True)
     ]
 
 
 @jax.jit
 def _search(
     bank: inreach_jax.NominalBank,
+    span: jax.Array,
+    share: jax.Array,
+    isolation: jax.Array,
     kept: jax.Array,
     block: jax.Array,
     *,
     exclude: jax.Array | None,
-) -> tuple[tuple[jax.Array, jax.Array], list[tuple[jax.Array, jax.Array]]]:
-    """What the bank's span makes of a block, and the nearest of the rows kept, [V, M], V times."""
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """What rules make of a block, and its nearest rows of those kept, [V, M].
+
+    A rule is a span, a share, both [R], and the isolation of the rows, [R, M]. Distances, rows and
+    scales, all [R, B, P], and distances and rows, [V, B, P].
+    """
 
     def each(kept: jax.Array) -> tuple[jax.Array, jax.Array]:
         return scoring.image_distances(bank, block, kept=kept, exclude=exclude)
 
     value, row = jax.vmap(each)(kept)  # of which the products are the same, and computed once
-    shape = block.shape[:2]
-    spread = support.spread_at(value[0], row[0], span=jnp.asarray(bank.span))
-    nearest = [
-        (jnp.min(of_kept, axis=0).reshape(shape), jnp.zeros(shape, jnp.int32)) for of_kept in value
-    ]
-    return (spread[0].reshape(shape), spread[1].reshape(shape)), nearest
+
+    def rule(
+        span: jax.Array, share: jax.Array, isolation: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        spread = support.spread_at(value[0], row[0], span=span, same_realization=share)
+        scale = support.local_scale(value[0], row[0], isolation=isolation, span=span)
+        return *spread, scale
+
+    shape = (-1, *block.shape[:2])
+    # The sorting is the same for all rules, and done once.
+    spread, of_spread, scale = jax.vmap(rule)(span, share, isolation)
+    nearest = jnp.min(value, axis=1).reshape(shape)
+    return (
+        (spread.reshape(shape), of_spread.reshape(shape), scale.reshape(shape)),
+        (nearest, jnp.zeros(nearest.shape, jnp.int32)),
+    )
 
 
 def _select_rows(bank: inreach_jax.NominalBank, kept: np.ndarray) -> inreach_jax.NominalBank:
@@ -469,27 +548,24 @@ def _run_peer(
         images.append(of_images)
         progress("scoring", sum(map(len, images)), test.num_images)
     # Distances of these are not squared.
-    blocks = [(np.square(x), np.zeros(x.shape, np.int32)) for x in patches]
+    blocks = [(np.square(x), np.zeros(x.shape, np.int32), None) for x in patches]
     scores = _finish(test, blocks, config=method.config)
     return memory.bank, dataclasses.replace(scores, image=jnp.asarray(np.concatenate(images)))
 
 
 def _finish(
     test: inreach_jax.DescriptorSet,
-    blocks: Sequence[tuple[Any, Any]],
+    blocks: Sequence[tuple[Any, ...]],
     *,
     config: inreach_jax.InReachConfig,
 ) -> inreach_jax.Scores:
-    """Maps and image scores of all images, from each block's distances and rows."""
+    """Maps and image scores of all images, from each block's distances, rows and scales if any."""
     every = []
     angles: Sequence[jax.Array | None] = test.angles or [None] * len(test.blocks)
-    for (images, _), (value, nearest), turned_by in zip(
-        test.enumerate(), blocks, angles, strict=True
-    ):
+    for (images, _), found, turned_by in zip(test.enumerate(), blocks, angles, strict=True):
         num = images.stop - images.start
         scores = _scores_of_patches(
-            value[:num],
-            nearest[:num],
+            *(None if x is None else x[:num] for x in found),
             grid=test.grid,
             config=config,
             angles=None if turned_by is None else turned_by[:num],
@@ -524,6 +600,17 @@ def _measure(
         "image_scores": image.tolist(),
         "anomalous": anomalous[pick].tolist(),
     }
+
+
+def title(row: Row) -> str:
+    """What is scored in a row from `run`."""
+    return _TRANSDUCTIVE if row["protocol"] == "transductive" else _OVERLAP[row["overlap"]]
+
+
+def titled_table(rows: Sequence[Row], measures: Sequence[str]) -> str:
+    """`table`, with what is scored in front of it."""
+    what = title(rows[0])
+    return f"**{what[0].upper()}{what[1:]}.** {table(rows, measures)}"
 
 
 def table(rows: Sequence[Row], measures: Sequence[str]) -> str:

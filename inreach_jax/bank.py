@@ -1,6 +1,7 @@
 """Nominal patches -> NominalBank."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ def make_bank(
     *,
     multiplicity: np.ndarray,
     span: int | None = None,
+    isolation: np.ndarray | None = None,
     reference: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> NominalBank:
@@ -78,6 +80,8 @@ def make_bank(
       multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
       span: How many realizations must share a patch, in which case each image must have equally
         many rows, and the padding that of whole images; None where any row will do.
+      isolation: [count] float32 on the host, of each nominal patch, from `support.isolation`;
+        None where distances are not to be relative.
       reference: [h, w, 3] float32 that images were aligned to, if they were.
       mesh: Of one axis, that the rows are sharded over; None for one device.
 
@@ -105,14 +109,17 @@ def make_bank(
             )
     padding = (0, rows.shape[0] - count)
 
-    def per_row(x: np.ndarray) -> jax.Array:
-        padded = np.pad(x.astype(np.int32), padding)
+    def per_row(x: np.ndarray, dtype: Any = np.int32) -> jax.Array:
+        padded: np.ndarray = np.pad(x.astype(dtype), padding)
         return sharding.place(padded, mesh=mesh, spec=sharding.split(mesh))
 
+    of_rows = None
+    if isolation is not None:
+        usual = np.median(isolation)  # 0 where images are copies of one another
+        of_rows = per_row(isolation / (usual if usual > 0 else np.float32(1)), np.float32)
     of_count = sharding.place(np.int32(count), mesh=mesh)
     # Summed at the end on the host, in an order and a precision that no sharding changes.
-    chunk = per_image or _CHUNK_ROWS
-    sums = sharding.fetch(_chunk_sums(rows, of_count, chunk=chunk, mesh=mesh))
+    sums = sharding.fetch(_chunk_sums(rows, of_count, mesh=mesh))
     mean = sums.astype(np.float64).sum(axis=0) / count
     centre = sharding.place(mean.astype(np.float32), mesh=mesh)
     return NominalBank(
@@ -123,18 +130,20 @@ def make_bank(
         multiplicity=per_row(multiplicity[image, patch]),
         count=of_count,
         span=None if span is None else sharding.place(np.int32(span), mesh=mesh),
+        isolation=of_rows,
         reference=reference,
         per_image=per_image,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "mesh"))
-def _chunk_sums(rows: jax.Array, count: jax.Array, *, chunk: int, mesh: Mesh | None) -> jax.Array:
-    """[M / chunk, D], rounded up, on every device."""
+@functools.partial(jax.jit, static_argnames="mesh")
+def _chunk_sums(rows: jax.Array, count: jax.Array, *, mesh: Mesh | None) -> jax.Array:
+    """[M / _CHUNK_ROWS, D], rounded up, on every device."""
     used = jnp.where(_in_use(rows, count), rows, 0)
-    used = sharding.pad_first(used, multiple=chunk).reshape(-1, chunk, rows.shape[1])
+    used = sharding.pad_first(used, multiple=_CHUNK_ROWS)
+    used = used.reshape(-1, _CHUNK_ROWS, rows.shape[1])
     # In order: how XLA groups a sum depends on the shape of the shard.
-    sums = jax.lax.fori_loop(1, chunk, lambda i, total: total + used[:, i], used[:, 0])
+    sums = jax.lax.fori_loop(1, _CHUNK_ROWS, lambda i, total: total + used[:, i], used[:, 0])
     return sharding.constrain(sums, mesh=mesh, spec=sharding.whole())
 
 

@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import inreach_jax
-from experiments import ablation, common_flags
+from experiments import ablation, common_flags, sweep
 from inreach_jax.datasets import write_demo
 from tests import tiny
 
@@ -33,7 +33,8 @@ def quick(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
         ),
         "default": presets["default"].replace(**small),
     }
-    monkeypatch.setattr(ablation, "variants", lambda: made)
+    methods = {name: sweep.Method(config=config) for name, config in made.items()}
+    monkeypatch.setattr(ablation, "variants", lambda *, num_patches: methods)
     monkeypatch.setattr(inreach_jax, "load_backbone", lambda *_, **__: tiny.backbone())
     flags.FLAGS.mark_as_parsed()
     return data_dir
@@ -46,6 +47,8 @@ def run(
     ratios: str = "0,0.4",
     num_train: int = 6,
     variants: list[str] = NAMES,
+    overlap: str = "no",
+    protocol: str | None = None,
 ) -> None:
     with flagsaver.flagsaver(
         (common_flags.CATEGORY, "brick"),
@@ -53,7 +56,8 @@ def run(
         (common_flags.WORKDIR, str(workdir)),
         (common_flags.RATIOS, ratios.split(",")),
         (common_flags.NUM_TRAIN, num_train),
-        (common_flags.OVERLAP, "both"),  # of other binaries: nothing is scored that is trained on
+        (common_flags.OVERLAP, overlap),
+        (common_flags.PROTOCOL, protocol),
         (ablation._VARIANTS, variants),
         (common_flags.BATCH_SIZE, 4),
     ):
@@ -101,6 +105,22 @@ def test_reports_every_cell_and_resumes(
         assert (path.stat().st_mtime_ns != written) == (path == lost)
 
 
+def test_what_is_trained_on_is_scored_where_asked_for(
+    quick: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    run(quick, tmp_path / "out", ratios="0.4", variants=["default"], overlap="both")
+    no, yes = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(no["images"]) < set(yes["images"])
+    table = (tmp_path / "out" / "table.md").read_text()
+    parts = table.split("**Anomalous training images scored, too.** ")
+    assert parts[0].startswith("**Test images not trained on.** ")
+    for part, row in zip(parts, (no, yes), strict=True):
+        assert f"{row['aupro']:.3f}" in part
+    run(quick, tmp_path / "all", ratios="0.4", variants=["default"], protocol="transductive")
+    (row,) = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert (row["protocol"], len(row["images"])) == ("transductive", 6)
+
+
 def test_what_cannot_be_is_named(quick: pathlib.Path, tmp_path: pathlib.Path) -> None:
     # 8 anomalous test images and 9 good training ones.
     with pytest.raises(ValueError, match=r"--ratios must be in \[0, 0.5\]"):
@@ -113,11 +133,20 @@ def test_what_cannot_be_is_named(quick: pathlib.Path, tmp_path: pathlib.Path) ->
 
 
 def test_variants_change_what_they_say() -> None:
-    made = ablation.variants()
-    presets = inreach_jax.PRESETS
-    base = {name: presets[name] for name in ("default", "channels", "official")}
-    for name, config in made.items():
-        stem = name.split(" ")[0].rstrip(",")
-        if stem in base and name != stem:
-            assert config != base[stem], name
+    made = ablation.variants(num_patches=1000)
+    for name in ("default", "channels", "paper", "official"):
+        assert made[name] == sweep.Method(config=inreach_jax.PRESETS[name])
     assert len(set(made.values())) == len(made)
+    for name, share in (("30%", 300), ("10%", 100), ("3%", 30)):
+        assert made[f"default: {name} of the rows"].config.max_bank_rows == share
+
+
+def test_the_ingredients_together_are_the_default() -> None:
+    made = ablation.variants(num_patches=1000)
+    plain = made["plain"].config
+    changed = {}
+    for name in ("span", "contrast"):
+        alone = made[f"plain + {name}"].config.to_dict()
+        changed |= {k: v for k, v in alone.items() if v != getattr(plain, k)}
+    assert plain.replace(**changed) == made["default"].config
+    assert made["default"].memory == made["plain + same realization skipped"].memory == "bank"

@@ -11,7 +11,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import inreach_jax
 from experiments import benchmark, common_flags
+from inreach_jax.datasets import demo
+from tests import tiny
 
 
 def test_interleaved_takes_turns() -> None:
@@ -62,6 +65,23 @@ def test_binary(
     assert 0 < memory_row["ours"] <= 64
     assert "mutual_nn_memory" in capsys.readouterr().out
     assert written["versions"]["jax"]
+
+
+def test_fit_compares_two_presets_on_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    presets = {
+        "default": tiny.CONFIG.replace(nominal="all"),
+        "paper": tiny.CONFIG.replace(radius_filter="std"),
+    }
+    monkeypatch.setattr(inreach_jax, "PRESETS", presets)
+    monkeypatch.setattr(inreach_jax, "load_backbone", lambda name: tiny.backbone())
+    small = demo.make_demo("brick", num_train=6, num_test=4, size=64)
+    monkeypatch.setattr(demo, "make_demo", lambda category: small)
+    rows = benchmark.fit(3)
+    assert [row["name"] for row in rows] == ["fit", "score"]
+    for row in rows:
+        assert row["peer"] == "paper preset"
+        assert row["ours"] > 0
+        assert row["ratio"] == pytest.approx(row["peer_value"] / row["ours"])
 
 
 def test_unknown_name(tmp_path: pathlib.Path) -> None:

@@ -229,6 +229,59 @@ def test_what_is_searched_together_is_what_each_is_alone(
         assert by_method[name]["nominal_precision"] == pytest.approx(num_good / held)
 
 
+@pytest.mark.parametrize("protocol", ["noise", "transductive"])
+def test_spans_share_a_search_and_nothing_else(
+    dataset: Dataset, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    methods = {
+        f"{growth} {seeds} {memory}": sweep.Method(
+            config=CONFIG.replace(spread_growth=growth, num_seeds=seeds), memory=memory
+        )
+        for growth, seeds in ((1e-9, 4), (9.0, 4), (0.3, 8))
+        for memory in ("bank", "unskipped")
+    }
+    draws = make_draws(dataset, overlap="both", protocol=protocol)
+    alone = [
+        row
+        for name, method in methods.items()
+        for row in run(dataset, {name: method}, draws, tmp_path / name)
+    ]
+    searched: list[int] = []
+    search = sweep._search
+
+    def count(bank: Any, span: Array, *args: Any, **options: Any) -> Any:
+        searched.append(len(span))
+        return search(bank, span, *args, **options)
+
+    monkeypatch.setattr(sweep, "_search", count)
+    together = run(dataset, methods, draws, tmp_path / "together")
+    assert len(searched) == -(-len(set(together[-1]["images"])) // BATCH)
+    assert set(searched) == {6}  # two growths and other seeds, of all realizations or not
+    for ours, theirs in zip(together, alone, strict=True):
+        assert {**ours, **dict.fromkeys(ROUNDED)} == {**theirs, **dict.fromkeys(ROUNDED)}
+        np.testing.assert_allclose(ours["image_scores"], theirs["image_scores"], rtol=1e-6)
+        assert ours["aupro"] == pytest.approx(theirs["aupro"], abs=1e-4)
+    assert len({tuple(row["image_scores"]) for row in together[len(together) // 6 - 1 : :]}) > 1
+
+
+def test_a_realization_that_counts_finds_itself(dataset: Dataset, tmp_path: pathlib.Path) -> None:
+    config = CONFIG.replace(spread_growth=1e-9)
+    methods = {
+        "skipped": sweep.Method(config=config),
+        "unskipped": sweep.Method(config=config, memory="unskipped"),
+        "full": sweep.Method(config=config, memory="full"),
+    }
+    draws = make_draws(dataset, overlap="yes")
+    skipped, unskipped, full = run(dataset, methods, draws, tmp_path)
+    np.testing.assert_allclose(unskipped["image_scores"], full["image_scores"], rtol=1e-6)
+    trained = set(names_of(draws[0].manifest.train))
+    for image, score, same in zip(
+        skipped["images"], skipped["image_scores"], unskipped["image_scores"], strict=True
+    ):
+        assert (same < 1e-3) == (image in trained)
+        assert score > 0.1
+
+
 def test_bounds_are_plain_nearest_neighbours(dataset: Dataset, tmp_path: pathlib.Path) -> None:
     draws = make_draws(dataset, overlap="both")
     manifest = draws[0].manifest
@@ -471,6 +524,7 @@ def test_feature_options_are_what_descriptors_depend_on() -> None:
     # out concerns what comes after them.
     config = inreach_jax.InReachConfig()
     after: dict[str, Any] = {
+        "relative": 0.25,
         "nominal": "channels",
         "spread_growth": 0.3,
         "max_bank_rows": None,
