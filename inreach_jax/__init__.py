@@ -6,6 +6,8 @@ The training images may themselves contain anomalies, and nobody labels anything
 from inreach_jax.backbones import BACKBONES, Backbone, load_backbone
 from inreach_jax.checkpoint import restore_bank, save_bank
 from inreach_jax.config import PRESETS, InReachConfig
+from inreach_jax.export import export_score
+from inreach_jax.exported import load_exported
 from inreach_jax.pipeline import (
     DescriptorSet,
     extract,
@@ -25,10 +27,12 @@ __all__ = [
     "InReachConfig",
     "NominalBank",
     "Scores",
+    "export_score",
     "extract",
     "fit",
     "fit_descriptors",
     "load_backbone",
+    "load_exported",
     "make_score_fn",
     "restore_bank",
     "save_bank",

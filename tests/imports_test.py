@@ -28,6 +28,8 @@ ORDER = (
     "sharding",
     "checkpoint",
     "pipeline",
+    "exported",
+    "export",
     "datasets",
 )
 # Which parts may import these, wherever in the file.
