@@ -25,6 +25,8 @@ from inreach_jax.types import NominalBank
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
+_LOCATIONS = "jax_traceback_in_locations_limit"
+
 
 def export_score(
     backbone: Backbone,
@@ -117,12 +119,12 @@ def export_score(
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
     """Leaves out where in which file each operation was written: the paths of this machine."""
-    before = jax.config.read("jax_traceback_in_locations_limit")
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    before: int = getattr(jax.config, _LOCATIONS)
+    jax.config.update(_LOCATIONS, 0)
     try:
         yield
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", before)
+        jax.config.update(_LOCATIONS, before)
 
 
 def _pack(manifest: dict[str, Any], program: bytes, arrays: dict[str, np.ndarray]) -> bytes:
