@@ -112,7 +112,7 @@ def _parse_list(name: str, value: list[str]) -> Any:
         numbers = tuple(int(v) for v in value)
     except ValueError as error:
         raise ValueError(f"--{name} takes whole numbers; got {','.join(value)}") from error
-    if name in ("resize", "crop") and len(numbers) == 1:
+    if name in ("resize", "crop", "tile") and len(numbers) == 1:
         return numbers * 2
     if get_type_hints(InReachConfig)[name] == int | None and len(numbers) == 1:
         return numbers[0]

@@ -20,7 +20,7 @@ from inreach_jax import bank as bank_lib
 from inreach_jax import channels as channels_lib
 from inreach_jax import descriptors as descriptors_lib
 from inreach_jax import images as images_lib
-from inreach_jax import scoring, support
+from inreach_jax import scoring, support, tiling
 from inreach_jax.association import associate, select_members
 from inreach_jax.backbones import Backbone, BackboneSpec
 from inreach_jax.config import InReachConfig
@@ -127,7 +127,12 @@ def patch_grid(backbone: Backbone, config: InReachConfig) -> tuple[int, int]:
 
 
 def describe_crops(
-    variables: Any, crops: jax.Array, *, spec: BackboneSpec, config: InReachConfig
+    variables: Any,
+    crops: jax.Array,
+    *,
+    spec: BackboneSpec,
+    config: InReachConfig,
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[int, int]]:
     """Patch descriptors without position.
 
@@ -136,15 +141,24 @@ def describe_crops(
       crops: [B, h, w, 3] float32 in [0, 255], as `images.resize_and_crop` makes them.
       spec: The backbone's.
       config: All options up to `descriptor_dim` are used.
+      keep: [B, K] int32, the patches of each crop to describe; None for all.
 
     Returns:
-      [B, P, D] float32, and the grid (Hp, Wp).
+      [B, P, D] float32, or with `keep` [B, K, D], and the grid (Hp, Wp).
+
+    Raises:
+      ValueError: `config.tile` or `config.halo` does not fit the backbone or the crop.
     """
-    levels = _levels(variables, crops, spec=spec, config=config)
-    descriptors = descriptors_lib.describe(
-        levels, level_dim=config.level_dim, descriptor_dim=config.descriptor_dim
-    )
-    return descriptors, (levels[0].shape[1], levels[0].shape[2])
+    describe = functools.partial(_describe_window, variables, spec=spec, config=config)
+    if config.tile is None:
+        descriptors, grid = describe(crops)
+        if keep is not None:
+            descriptors = jnp.take_along_axis(descriptors, keep[..., None], axis=1)
+        return descriptors, grid
+    tiles = _tiling(spec, config)
+    if keep is not None:
+        return tiling.gather_tiles(describe, keep, crops, tiling=tiles), tiles.grid
+    return tiling.map_tiles(describe, lambda x, _: x, crops, tiling=tiles), tiles.grid
 
 
 def score_crops(
@@ -178,11 +192,27 @@ def score_crops(
                 "reference; use the config that the bank was fitted with"
             )
         crops, angles = images_lib.align(crops, bank.reference)
-    descriptors, grid = describe_crops(variables, crops, spec=spec, config=config)
-    if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
-        where = descriptors_lib.position(grid, weight=config.position_weight)
-        descriptors = descriptors_lib.append_position(descriptors, where)
-    return scoring.score_descriptors(bank, descriptors, grid=grid, config=config, angles=angles)
+    describe = functools.partial(_describe_window, variables, spec=spec, config=config)
+
+    def search(
+        descriptors: jax.Array, grid: tuple[int, int], patches: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
+            where = descriptors_lib.position(grid, weight=config.position_weight)
+            where = where if patches is None else jnp.take(where, patches, axis=0)
+            descriptors = descriptors_lib.append_position(descriptors, where)
+        return scoring.score_patches(bank, descriptors)
+
+    if config.tile is None:
+        descriptors, grid = describe(crops)
+        value, nearest = search(descriptors, grid)
+    else:  # each tile's descriptors are dropped once they are scored
+        tiles = _tiling(spec, config)
+        grid = tiles.grid
+        value, nearest = tiling.map_tiles(
+            describe, lambda x, patches: search(x, grid, patches), crops, tiling=tiles
+        )
+    return scoring.scores_of_patches(value, nearest, grid=grid, config=config, angles=angles)
 
 
 def extract(
@@ -499,6 +529,26 @@ def _taps(spec: BackboneSpec, config: InReachConfig) -> tuple[int, ...]:
             f"taps {taps}: {spec.name} has blocks 0 to {spec.num_blocks - 1}; choose among them"
         )
     return taps
+
+
+def _tiling(spec: BackboneSpec, config: InReachConfig) -> tiling.Tiling:
+    """How crops are cut.
+
+    Raises:
+      ValueError: as `tiling.make_tiling`.
+    """
+    return tiling.make_tiling(tiling.network_reach(spec, taps=_taps(spec, config)), config=config)
+
+
+def _describe_window(
+    variables: Any, window: jax.Array, *, spec: BackboneSpec, config: InReachConfig
+) -> tuple[jax.Array, tuple[int, int]]:
+    """The descriptors of what the network sees at once, and their grid."""
+    levels = _levels(variables, window, spec=spec, config=config)
+    descriptors = descriptors_lib.describe(
+        levels, level_dim=config.level_dim, descriptor_dim=config.descriptor_dim
+    )
+    return descriptors, (levels[0].shape[1], levels[0].shape[2])
 
 
 def _levels(

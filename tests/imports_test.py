@@ -19,6 +19,7 @@ ORDER = (
     "images",
     "backbones",
     "descriptors",
+    "tiling",
     "association",
     "channels",
     "support",
