@@ -9,6 +9,7 @@ be shown.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ class DescriptorSet:
       positional: Whether position is appended.
       reference: [h, w, 3] float32 that the images were aligned to, if they were.
       angles: One [B] float32 per block, degrees that the images were turned by, if they were.
+      patches: [N, P] int32, which patches of the grid these are; None for all, in order.
     """
 
     blocks: Sequence[jax.Array]
@@ -58,6 +60,7 @@ class DescriptorSet:
     positional: bool
     reference: jax.Array | None = None
     angles: Sequence[jax.Array] | None = None
+    patches: np.ndarray | None = None
 
     def enumerate(self) -> Iterator[tuple[slice, jax.Array]]:
         """Each block with the images in it, the padding of the last one not counted."""
@@ -81,6 +84,7 @@ class DescriptorSet:
             blocks=pick(self.blocks),
             num_images=len(indices),
             angles=None if self.angles is None else pick(self.angles),
+            patches=None if self.patches is None else self.patches[np.asarray(indices)],
         )
 
     def first(self, num: int) -> jax.Array:
@@ -222,6 +226,7 @@ def extract(
     config: InReachConfig,
     positional: bool | None = None,
     reference: jax.Array | None = None,
+    keep: np.ndarray | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> DescriptorSet:
@@ -234,6 +239,7 @@ def extract(
       positional: Whether to append position; None for what `config.positional` says.
       reference: [h, w, 3] float32 to align to where `config.alignment` asks for it; None for the
         first image.
+      keep: [N, K] int32, the patches of each image to describe; None for all.
       batch_size: B, images per block.
       progress: Told after each block, phase "features".
 
@@ -261,7 +267,12 @@ def extract(
             crops, turned_by = _align(crops, reference)
             angles.append(turned_by)
         block, finite, block_sum = _extract_block(
-            backbone.variables, crops, np.arange(batch_size) < num, spec=spec, config=config
+            backbone.variables,
+            crops,
+            np.arange(batch_size) < num,
+            None if keep is None else _rows(keep, done, batch_size),
+            spec=spec,
+            config=config,
         )
         if not np.all(finite):
             raise ValueError(
@@ -283,7 +294,11 @@ def extract(
     if positional:
         where = descriptors_lib.position(grid, weight=config.position_weight)
         for i, block in enumerate(blocks):  # one at a time: the set is not held twice
-            blocks[i] = _append_position(block, where)
+            if keep is None:
+                blocks[i] = _append_position(block, where)
+            else:
+                of_block = jnp.take(where, _rows(keep, i * batch_size, batch_size), axis=0)
+                blocks[i] = _append_position(block, of_block)
     return DescriptorSet(
         blocks=blocks,
         num_images=done,
@@ -291,6 +306,7 @@ def extract(
         positional=positional,
         reference=reference,
         angles=angles,
+        patches=keep,
     )
 
 
@@ -310,10 +326,12 @@ def fit_descriptors(
       The nominal bank.
 
     Raises:
-      ValueError: there are too few images (three, or with "channels" `num_seeds`), or no channel
-        survives.
+      ValueError: there are too few images (three, or with "channels" `num_seeds`), no channel
+        survives, or channels are asked of some patches only.
     """
     _check_count(descriptors.num_images, config)
+    if descriptors.patches is not None and config.nominal != "all":
+        raise ValueError("channels are made of all patches; extract descriptors without keep")
     tell = progress or (lambda phase, done, total: None)
     if config.nominal == "all":
         return _fit_all(descriptors, config=config, progress=tell)
@@ -400,12 +418,16 @@ def _collect(
         of_block[: images.stop - images.start] = multiplicity[images] > 0
         rows, count = _append_rows(rows, count, block, of_block)
         progress("bank", images.stop, descriptors.num_images)
-    return bank_lib.make_bank(
+    bank = bank_lib.make_bank(
         rows[:capacity],
         multiplicity=multiplicity,
         span=span,
         reference=descriptors.reference,
     )
+    if descriptors.patches is None:
+        return bank
+    image, patch = np.asarray(bank.image), np.asarray(bank.patch)
+    return dataclasses.replace(bank, patch=jnp.asarray(descriptors.patches[image, patch]))
 
 
 def fit(
@@ -438,7 +460,14 @@ def fit(
     total = _length(images)
     if total is not None:  # before any long work
         _check_count(total, config)
-    descriptors = extract(backbone, images, config=config, batch_size=batch_size, progress=progress)
+    descriptors = extract(
+        backbone,
+        images,
+        config=config,
+        keep=_thin_first(backbone, total, config=config),
+        batch_size=batch_size,
+        progress=progress,
+    )
     return fit_descriptors(descriptors, config=config, progress=progress)
 
 
@@ -499,8 +528,10 @@ def score_descriptor_set(
       Scores of the images of each block, as NumPy arrays, in order.
 
     Raises:
-      ValueError: the bank has another D.
+      ValueError: the bank has another D, or the descriptors are those of some patches only.
     """
+    if descriptors.patches is not None:
+        raise ValueError("maps are made of all patches; extract descriptors without keep")
     angles: Iterable[jax.Array | None] = descriptors.angles or [None] * len(descriptors.blocks)
     for (images, block), turned_by in zip(descriptors.enumerate(), angles, strict=True):
         index = np.arange(images.start, images.start + len(block), dtype=np.int32)
@@ -529,6 +560,28 @@ def _taps(spec: BackboneSpec, config: InReachConfig) -> tuple[int, ...]:
             f"taps {taps}: {spec.name} has blocks 0 to {spec.num_blocks - 1}; choose among them"
         )
     return taps
+
+
+def _thin_first(
+    backbone: Backbone, num_images: int | None, *, config: InReachConfig
+) -> np.ndarray | None:
+    """[N, K] int32, the patches that will be in the bank, where the others cannot be held.
+
+    An image that takes tiles may have a gigabyte of descriptors. The span is then measured on those
+    that the bank keeps, which are also those that scores will be measured to.
+    """
+    if config.tile is None or config.nominal != "all" or num_images is None:
+        return None
+    num_patches = math.prod(patch_grid(backbone, config))
+    kept = bank_lib.thin(
+        num_images=num_images, num_patches=num_patches, max_rows=config.max_bank_rows
+    )
+    return np.nonzero(kept)[1].astype(np.int32).reshape(num_images, -1)
+
+
+def _rows(keep: np.ndarray, start: int, num: int) -> np.ndarray:
+    """[num, K]: the rows of a block, the last one repeated where there are no more."""
+    return keep[np.minimum(np.arange(start, start + num), len(keep) - 1)]
 
 
 def _tiling(spec: BackboneSpec, config: InReachConfig) -> tiling.Tiling:
@@ -648,10 +701,16 @@ _score_crops = jax.jit(score_crops, static_argnames=("spec", "config"))
 
 @functools.partial(jax.jit, static_argnames=("spec", "config"))
 def _extract_block(
-    variables: Any, crops: jax.Array, valid: jax.Array, *, spec: BackboneSpec, config: InReachConfig
+    variables: Any,
+    crops: jax.Array,
+    valid: jax.Array,
+    keep: jax.Array | None,
+    *,
+    spec: BackboneSpec,
+    config: InReachConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Descriptors, which images' are finite, and the sum of the valid crops."""
-    descriptors, _ = describe_crops(variables, crops, spec=spec, config=config)
+    descriptors, _ = describe_crops(variables, crops, spec=spec, config=config, keep=keep)
     finite = jnp.isfinite(descriptors).all(axis=(1, 2))
     valid_crops = jnp.where(valid[:, None, None, None], crops, 0)
     return descriptors, finite, jnp.sum(valid_crops, axis=0)

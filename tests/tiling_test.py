@@ -1,6 +1,5 @@
 """Tiles: put together they are the whole, up to its border, and less halo than needed shows."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -75,16 +74,13 @@ def expected_halo(stages: Any, taps: tuple[int, ...]) -> int:
     strides = np.cumprod([stride for _, stride in kernels])
     halos = []
     for tap in taps:
-        before = jump = stop = 1
-        first = -0  # pixels that a cell looks at, before and behind its own first pixel
-        first, last = 0, 0
+        first, last, jump = 0, 0, 1  # pixels that a cell looks at, counted from its own first one
         for size, stride in kernels[: blocks[tap]]:
             # TensorFlow pads an even width by size - stride in all, less of it before.
             pad = max(size - stride, 0) // 2
             first -= pad * jump
             last += (size - 1 - pad) * jump
             jump *= stride
-        del before, stop
         # The neighbourhood of 3 x 3 cells, then bilinear upsampling: a cell on either side.
         cells = 1 + (jump > strides[blocks[taps[0]] - 1])
         halos.append(max(-first + cells * jump, last + cells * jump - (jump - 1)))
@@ -106,9 +102,7 @@ def test_reach_is_known_while_tracing() -> None:
     assert int(halo) == REACH.halo == 16
 
 
-def test_halo_covers_what_descriptors_depend_on(
-    backbone: Backbone, images: np.ndarray
-) -> None:
+def test_halo_covers_what_descriptors_depend_on(backbone: Backbone, images: np.ndarray) -> None:
     """Pixels farther away than the halo change nothing; nearer ones do."""
     config = WHOLE.replace(resize=WHOLE.crop)
     changed = np.array(images[:1, :104, :152])
@@ -180,9 +174,7 @@ def test_descriptors_are_those_of_the_whole(backbone: Backbone, images: np.ndarr
     np.testing.assert_allclose(tiled, whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
 
 
-def test_too_small_a_halo_shows_where_tiles_meet(
-    backbone: Backbone, images: np.ndarray
-) -> None:
+def test_too_small_a_halo_shows_where_tiles_meet(backbone: Backbone, images: np.ndarray) -> None:
     """So that the halo is no larger than it must be, and the test above can fail."""
     whole = describe(backbone, images, WHOLE)
     config = TILED.replace(halo=REACH.halo - REACH.stride)
@@ -202,9 +194,7 @@ def test_banks_and_scores_are_those_of_the_whole(
     actual = score(backbone, tiled_bank, unseen, TILED)
     for name in ("image", "maps", "patches"):
         want = np.asarray(getattr(expected, name))
-        np.testing.assert_allclose(
-            getattr(actual, name), want, rtol=1e-4, atol=1e-5 * want.max()
-        )
+        np.testing.assert_allclose(getattr(actual, name), want, rtol=1e-4, atol=1e-5 * want.max())
     np.testing.assert_array_equal(actual.nearest, expected.nearest)
     assert actual.image[1] > actual.image[0]
 
@@ -218,6 +208,43 @@ def test_scores_of_a_bank_of_all_patches(
     actual = score(backbone, bank, unseen, tiled)
     np.testing.assert_allclose(actual.maps, expected.maps, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(actual.image, expected.image, rtol=1e-4)
+
+
+def test_what_the_bank_drops_is_never_held(
+    backbone: Backbone, images: np.ndarray, unseen: np.ndarray
+) -> None:
+    """With too many patches for the bank, the same ones are kept as of whole images."""
+    config = ALL.replace(max_bank_rows=400)
+    tiled = config.replace(tile=TILED.tile)
+    whole_bank = inreach_jax.fit(backbone, images, config=config, batch_size=4)
+    bank = inreach_jax.fit(backbone, images, config=tiled, batch_size=3)
+    assert len(bank.rows) == 400 < 4 * 26 * 38
+    for name in ("image", "patch", "multiplicity"):
+        np.testing.assert_array_equal(getattr(bank, name), getattr(whole_bank, name))
+    np.testing.assert_allclose(bank.rows, whole_bank.rows, atol=1e-4)
+    late = inreach_jax.fit(backbone, iter(images), config=tiled, batch_size=4)
+    np.testing.assert_allclose(late.rows, whole_bank.rows, atol=1e-4)
+    assert int(bank.span) == int(whole_bank.span)
+    np.testing.assert_allclose(
+        score(backbone, bank, unseen, tiled).image,
+        score(backbone, whole_bank, unseen, config).image,
+        rtol=1e-4,
+    )
+
+
+def test_some_patches_make_no_channels_and_no_maps(
+    backbone: Backbone, images: np.ndarray, bank: NominalBank
+) -> None:
+    keep = np.tile(np.arange(5, dtype=np.int32), (4, 1))
+    some = inreach_jax.extract(backbone, images, config=WHOLE, keep=keep, batch_size=2)
+    every = inreach_jax.extract(backbone, images, config=WHOLE, batch_size=2)
+    assert some.first(4).shape == (4, 5, every.first(4).shape[2])
+    np.testing.assert_allclose(some.first(4), every.first(4)[:, :5], rtol=1e-5)
+    np.testing.assert_array_equal(some.select([3, 1]).patches, keep[:2])
+    with pytest.raises(ValueError, match="channels are made of all patches"):
+        inreach_jax.fit_descriptors(some, config=WHOLE)
+    with pytest.raises(ValueError, match="maps are made of all patches"):
+        next(inreach_jax.score_descriptor_set(bank, some, config=WHOLE))
 
 
 def test_tiles_inside_other_programs(
