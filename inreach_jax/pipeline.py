@@ -161,8 +161,10 @@ def describe_crops(
         return descriptors, grid
     tiles = _tiling(spec, config)
     if keep is not None:
-        return tiling.gather_tiles(describe, keep, crops, tiling=tiles), tiles.grid
-    return tiling.map_tiles(describe, lambda x, _: x, crops, tiling=tiles), tiles.grid
+        kept = tiling.gather_tiles(crops, keep, tiling=tiles, describe=describe)
+        return kept, tiles.grid
+    every = tiling.map_tiles(crops, tiling=tiles, describe=describe, use=lambda x, _: x)
+    return every, tiles.grid
 
 
 def score_crops(
@@ -214,7 +216,10 @@ def score_crops(
         tiles = _tiling(spec, config)
         grid = tiles.grid
         value, nearest = tiling.map_tiles(
-            describe, lambda x, patches: search(x, grid, patches), crops, tiling=tiles
+            crops,
+            tiling=tiles,
+            describe=describe,
+            use=lambda x, patches: search(x, grid, patches),
         )
     return scoring.scores_of_patches(value, nearest, grid=grid, config=config, angles=angles)
 

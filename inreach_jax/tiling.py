@@ -25,6 +25,8 @@ from inreach_jax import descriptors as descriptors_lib
 from inreach_jax.backbones import BackboneSpec
 from inreach_jax.config import InReachConfig
 
+Describe = Callable[[jax.Array], tuple[jax.Array, tuple[int, int]]]
+
 _WIDEST = 4096  # pixels that the reach is looked for in
 
 
@@ -184,27 +186,27 @@ def make_tiling(reach: Reach, *, config: InReachConfig) -> Tiling:
 
 
 def map_tiles(
-    describe: Callable[[jax.Array], tuple[jax.Array, tuple[int, int]]],
-    use: Callable[[jax.Array, jax.Array], Any],
     crops: jax.Array,
     *,
     tiling: Tiling,
+    describe: Describe,
+    use: Callable[[jax.Array, jax.Array], Any],
 ) -> Any:
     """Does something with the descriptors of every patch, a window at a time.
 
     Args:
+      crops: [B, H, W, 3] float32.
+      tiling: Of these crops.
       describe: From a window [B, h, w, 3] to its descriptors [B, P, D] and their grid.
       use: From the descriptors of a core [B, p, D] and which patches of the crop they are, [p]
         int32, to arrays [B, p, ...].
-      crops: [B, H, W, 3] float32.
-      tiling: Of these crops.
 
     Returns:
       What `use` returns, of all patches of the crop: arrays [B, Hp * Wp, ...].
     """
 
     def of_window(where: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-        return use(*_core(describe, crops, where, tiling=tiling))
+        return use(*_core(crops, where, tiling=tiling, describe=describe))
 
     parts = lax.map(of_window, _where(tiling))
 
@@ -216,19 +218,15 @@ def map_tiles(
 
 
 def gather_tiles(
-    describe: Callable[[jax.Array], tuple[jax.Array, tuple[int, int]]],
-    keep: jax.Array,
-    crops: jax.Array,
-    *,
-    tiling: Tiling,
+    crops: jax.Array, keep: jax.Array, *, tiling: Tiling, describe: Describe
 ) -> jax.Array:
     """The descriptors of some patches; those of the others are never held together.
 
     Args:
-      describe: As for `map_tiles`.
-      keep: [B, K] int32, patches of each crop.
       crops: [B, H, W, 3] float32.
+      keep: [B, K] int32, patches of each crop.
       tiling: Of these crops.
+      describe: As for `map_tiles`.
 
     Returns:
       [B, K, D] float32.
@@ -239,9 +237,8 @@ def gather_tiles(
     kept = jnp.zeros((*keep.shape, shape[0].shape[-1]), jnp.float32)
 
     def add(i: jax.Array, kept: jax.Array) -> jax.Array:
-        core, _ = _core(
-            describe, crops, jax.tree.map(lambda x: x[i], _where(tiling)), tiling=tiling
-        )
+        where = jax.tree.map(lambda x: x[i], _where(tiling))
+        core, _ = _core(crops, where, tiling=tiling, describe=describe)
         mine = jnp.take_along_axis(core, within[..., None], axis=1)
         return jnp.where((tile == i)[..., None], mine, kept)
 
@@ -253,11 +250,11 @@ def _where(tiling: Tiling) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _core(
-    describe: Callable[[jax.Array], tuple[jax.Array, tuple[int, int]]],
     crops: jax.Array,
     where: tuple[jax.Array, jax.Array, jax.Array],
     *,
     tiling: Tiling,
+    describe: Describe,
 ) -> tuple[jax.Array, jax.Array]:
     """The descriptors of one window's core, [B, p, D], and which patches of the crop they are."""
     corner, offset, patches = where
