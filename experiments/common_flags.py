@@ -15,6 +15,8 @@ from inreach_jax.datasets import PROTOCOLS
 CATEGORY = flags.DEFINE_string("category", None, "A category of the data set.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder that the categories are in.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the results.")
+BANK = flags.DEFINE_string("bank", None, "The folder that a bank was saved in.")
+SIZE = flags.DEFINE_list("size", None, "Height and width of images, in pixels.")
 BACKBONE = flags.DEFINE_enum(
     "backbone", "efficientnet_lite0", sorted(BACKBONES), "The network that features come from."
 )
@@ -61,6 +63,23 @@ def config() -> InReachConfig:
         if (value := holder.value) is not None
     }
     return PRESETS[PRESET.value].replace(**changes)
+
+
+def size() -> tuple[int, int] | None:
+    """The height and width of --size.
+
+    Raises:
+      ValueError: it is not one or two whole numbers above 0.
+    """
+    if SIZE.value is None:
+        return None
+    try:
+        numbers = [int(text) for text in SIZE.value]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"--size takes H,W, whole numbers above 0; got {','.join(SIZE.value)}")
+    return numbers[0], numbers[-1]
 
 
 def ratios() -> list[float]:

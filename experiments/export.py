@@ -20,17 +20,15 @@ from absl import flags
 import inreach_jax
 from experiments import common_flags, runner
 
-_BANK = flags.DEFINE_string("bank", None, "The folder that a bank was saved in.")
 _OUT = flags.DEFINE_string("out", None, "The file to write.")
-_SIZE = flags.DEFINE_list("size", None, "Height and width of the images that it will take.")
 _THRESHOLD = flags.DEFINE_float("threshold", None, "Images that score at least this are anomalous.")
 
 
 def main() -> None:
     """Writes the artefact that the flags describe."""
-    directory = common_flags.required(_BANK)
+    directory = common_flags.required(common_flags.BANK)
     out = pathlib.Path(common_flags.required(_OUT)).expanduser()
-    size = _size()
+    size = common_flags.size()
     fixed = ("preset", *(field.name for field in dataclasses.fields(inreach_jax.InReachConfig)))
     superfluous = [f"--{name}" for name in fixed if flags.FLAGS[name].present]
     if superfluous:
@@ -56,23 +54,6 @@ def main() -> None:
         f"{out}: {len(artefact) / 2**20:.1f} MiB, takes uint8 images [B, {height}, {width}, 3], "
         f"{int(bank.count)} bank rows"
     )
-
-
-def _size() -> tuple[int, int] | None:
-    """That of --size.
-
-    Raises:
-      ValueError: it is not one or two whole numbers above 0.
-    """
-    if _SIZE.value is None:
-        return None
-    try:
-        numbers = [int(text) for text in _SIZE.value]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise ValueError(f"--size takes H,W, whole numbers above 0; got {','.join(_SIZE.value)}")
-    return numbers[0], numbers[-1]
 
 
 if __name__ == "__main__":

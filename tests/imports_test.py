@@ -29,6 +29,7 @@ ORDER = (
     "sharding",
     "checkpoint",
     "pipeline",
+    "planning",
     "exported",
     "export",
     "datasets",
