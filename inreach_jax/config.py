@@ -161,7 +161,11 @@ class InReachConfig:
             raise ValueError("max_channel_std 0 drops every member; set it above 0")
 
     def replace(self, **changes: Any) -> "InReachConfig":
-        """A copy with some options changed, checked like a new one."""
+        """A copy with some options changed, checked like a new one.
+
+        >>> PRESETS["paper"].replace(crop=(192, 256)).crop
+        (192, 256)
+        """
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -110,6 +110,15 @@ def make_score_fn(
     Raises:
       ValueError: `config.taps` does not fit the backbone. The function raises it while it is traced
         if the images or the bank have the wrong shape.
+
+    >>> from inreach_jax import load_backbone
+    >>> backbone = load_backbone("efficientnet_lite0")
+    >>> config = InReachConfig(resize=(64, 96), crop=(64, 96))
+    >>> images = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), np.uint8)
+    >>> bank = fit(backbone, images, config=config)
+    >>> scores = jax.jit(make_score_fn(backbone, config))(backbone.variables, bank, images[:2])
+    >>> scores.image.shape, scores.maps.shape, scores.patches.shape
+    ((2,), (2, 64, 96), (2, 8, 12))
     """
     spec = backbone.spec
     _taps(spec, config)

@@ -144,6 +144,12 @@ def make_tiling(reach: Reach, *, config: InReachConfig) -> Tiling:
 
     Raises:
       ValueError: a size is no multiple of the stride, or a tile is all halo.
+
+    >>> reach = Reach(patch=8, stride=16, halo=208)
+    >>> config = InReachConfig(resize=(6000, 8000), crop=(6000, 8000), tile=(1536, 1536))
+    >>> tiling = make_tiling(reach, config=config)
+    >>> tiling.grid, tiling.core, len(tiling.corners)
+    ((750, 1000), (140, 140), 48)
     """
     tile = config.tile or config.crop
     halo = reach.halo if config.halo is None else config.halo
