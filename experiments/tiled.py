@@ -2,8 +2,8 @@
 
     python -m experiments.tiled --size=6000,8000 --tile=1536 --max_bank_rows=4096
 
-Fits a bank on four small images of a surface (a photograph of bricks, mirrored at its edges
-and seen with noise), says how much memory scoring one image of `--size` by tiles of `--tile` will take,
+Fits a bank on four small images of a surface (a photograph of bricks, mirrored at its edges and
+seen with noise), says how much memory scoring one image of `--size` by tiles of `--tile` will take,
 scores one with a defect, and says how much memory this process has had at most, how long it took,
 and where the map is highest. docs/tiling.md has the figures.
 """
