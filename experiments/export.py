@@ -35,7 +35,7 @@ def main() -> None:
         raise ValueError(f"the options are those of the bank; leave out {', '.join(superfluous)}")
     if out.is_dir():
         raise IsADirectoryError(f"--out {out} is a folder; name a file")
-    runner.make_workdir(out.parent)
+    runner.make_workdir(out.parent, flag="out: folder")
     backbone = inreach_jax.load_backbone(
         common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
     )

@@ -73,7 +73,7 @@ def main(body: Callable[[], None]) -> None:
     app.run(run)
 
 
-def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
+def make_workdir(path: str | os.PathLike[str], *, flag: str = "workdir") -> pathlib.Path:
     """Makes a folder for results and checks, before any long work, that it can be written.
 
     Raises:
@@ -86,7 +86,7 @@ def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+        raise OSError(f"--{flag} {workdir} cannot be written: {error.strerror}") from error
     return workdir
 
 

@@ -82,7 +82,7 @@ def test_what_was_there_stays_if_writing_fails(
         (["--bank={bank}"], "--out is needed"),
         (["--bank=nowhere", "--out={tmp}/x"], "no bank at"),
         (["--bank={bank}", "--out={tmp}"], "is a folder; name a file"),
-        (["--bank={bank}", "--out={tmp}/file/x"], "cannot be written"),
+        (["--bank={bank}", "--out={tmp}/file/x"], "--out: folder .* cannot be written"),
         (["--bank={bank}", "--out={tmp}/x", "--size=0,8"], "--size takes H,W"),
         (["--bank={bank}", "--out={tmp}/x", "--size=8,8,8"], "--size takes H,W.*got 8,8,8"),
         (["--bank={bank}", "--out={tmp}/x", "--size=a"], "--size takes H,W"),
