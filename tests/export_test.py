@@ -19,15 +19,16 @@ from inreach_jax import InReachConfig, NominalBank, exported
 from inreach_jax.backbones import Backbone
 from tests import tiny
 
-# One bank of each kind, and a crop and images that are not square.
+# One bank of each kind, and crops and images that are not square.
 CONFIGS = {
     "channels": tiny.CONFIG,
     "all": inreach_jax.PRESETS["default"].replace(
         resize=(36, 44), crop=(32, 40), level_dim=None, num_seeds=4, smoothing_sigma=2.0
     ),
     "aligned": tiny.CONFIG.replace(alignment="rotation"),
+    "tiled": tiny.CONFIG.replace(resize=(40, 56), crop=(32, 48), tile=(40, 40)),
 }
-SIZES = {"channels": None, "all": (50, 60), "aligned": (40, 36)}
+SIZES = {"channels": None, "all": (50, 60), "aligned": (40, 36), "tiled": None}
 
 
 @pytest.fixture(scope="module")
