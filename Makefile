@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean $(VENV)
+.PHONY: help demo test lint docs clean $(VENV)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.$$()A-Z]+:.*## / { sub(/\$$\(VENV\)/, "$(VENV)", $$1); printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,11 @@ lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(STAMP) ## write the API reference, from the docstrings, to build/docs
+	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory build/docs \
+	  inreach_jax $(subst /,.,$(basename $(wildcard inreach_jax/[a-z]*.py inreach_jax/*/[a-z]*.py)))
+	@echo "open build/docs/inreach_jax.html"
 
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -23,6 +23,8 @@ CATEGORY = flags.DEFINE_string("category", None, "A category of the data set.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder that the categories are in.")
 TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "Where prepared sets are.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the results.")
+BANK = flags.DEFINE_string("bank", None, "The folder that a bank was saved in.")
+SIZE = flags.DEFINE_list("size", None, "Height and width of images, in pixels.")
 BACKBONE = flags.DEFINE_enum(
     "backbone", "efficientnet_lite0", sorted(BACKBONES), "The network that features come from."
 )
@@ -140,6 +142,23 @@ def budget() -> Budget:
     return Budget(**places)
 
 
+def size() -> tuple[int, int] | None:
+    """The height and width of --size.
+
+    Raises:
+      ValueError: it is not one or two whole numbers above 0.
+    """
+    if SIZE.value is None:
+        return None
+    try:
+        numbers = [int(text) for text in SIZE.value]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"--size takes H,W, whole numbers above 0; got {','.join(SIZE.value)}")
+    return numbers[0], numbers[-1]
+
+
 def ratios() -> list[float]:
     """The shares of --ratios, ascending.
 
@@ -189,7 +208,7 @@ def _parse_list(name: str, value: list[str]) -> Any:
         numbers = tuple(int(v) for v in value)
     except ValueError as error:
         raise ValueError(f"--{name} takes whole numbers; got {','.join(value)}") from error
-    if name in ("resize", "crop") and len(numbers) == 1:
+    if name in ("resize", "crop", "tile") and len(numbers) == 1:
         return numbers * 2
     if get_type_hints(InReachConfig)[name] == int | None and len(numbers) == 1:
         return numbers[0]

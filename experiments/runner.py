@@ -76,7 +76,7 @@ def main(body: Callable[[], None]) -> None:
     app.run(run)
 
 
-def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
+def make_workdir(path: str | os.PathLike[str], *, flag: str = "workdir") -> pathlib.Path:
     """Makes a folder for results and checks, before any long work, that it can be written.
 
     Raises:
@@ -89,7 +89,7 @@ def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+        raise OSError(f"--{flag} {workdir} cannot be written: {error.strerror}") from error
     return workdir
 
 
@@ -417,9 +417,17 @@ def write_json(path: pathlib.Path, value: Any) -> None:
             return [finite(v) for v in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
+    write_bytes(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(value: Any) -> str:

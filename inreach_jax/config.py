@@ -15,6 +15,11 @@ class InReachConfig:
     Attributes:
       resize: Height and width that images are resized to, in pixels.
       crop: Height and width of the central crop of the resized image.
+      tile: Height and width of what the network sees of the crop at a time, halo included, in
+        pixels; None for all of it. For images too large for memory: results stay the same
+        (`inreach_jax.tiling`).
+      halo: Pixels around a tile that only inform its patches; None for as many as the network
+        looks. Less is faster, and approximate near the borders of tiles. Unused without a tile.
       antialias: Whether the resize low-pass filters when it shrinks (released: no).
       alignment: "rotation" turns each image, in steps of a degree, to where it matches the first
         training image best over the central half (in the paper, but off in the released code).
@@ -67,6 +72,8 @@ class InReachConfig:
 
     resize: tuple[int, int] = (256, 256)
     crop: tuple[int, int] = (224, 224)
+    tile: tuple[int, int] | None = None
+    halo: int | None = None
     antialias: bool = True
     alignment: Literal["none", "rotation"] = "none"
     channel_order: Literal["rgb", "bgr"] = "rgb"
@@ -108,8 +115,8 @@ class InReachConfig:
             if get_origin(hint) is Literal:
                 if value not in choices:
                     raise ValueError(f"{name} must be one of {list(choices)}; got {value!r}")
-            elif name in ("resize", "crop"):
-                if (
+            elif name in ("resize", "crop", "tile"):
+                if not (value is None and type(None) in choices) and (
                     not isinstance(value, tuple)
                     or len(value) != 2
                     or not all(_is_int(v) and v > 0 for v in value)
@@ -142,6 +149,11 @@ class InReachConfig:
             raise ValueError(
                 f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize"
             )
+        if self.tile is not None and self.batch_norm == "image":
+            raise ValueError(
+                "tile changes what batch_norm = 'image' computes, statistics of the whole image; "
+                "use 'running', or no tile"
+            )
         if self.mask_threshold > 255:
             raise ValueError(f"mask_threshold must be in [1, 255]; got {self.mask_threshold}")
         if self.spread_growth == 0:
@@ -153,7 +165,11 @@ class InReachConfig:
             raise ValueError("max_channel_std 0 drops every member; set it above 0")
 
     def replace(self, **changes: Any) -> "InReachConfig":
-        """A copy with some options changed, checked like a new one."""
+        """A copy with some options changed, checked like a new one.
+
+        >>> PRESETS["paper"].replace(crop=(192, 256)).crop
+        (192, 256)
+        """
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,7 +193,8 @@ class InReachConfig:
 
 
 FEATURE_OPTIONS = (
-    *("resize", "crop", "antialias", "alignment", "channel_order", "normalization", "batch_norm"),
+    *("resize", "crop", "tile", "halo", "antialias", "alignment"),
+    *("channel_order", "normalization", "batch_norm"),
     *("taps", "level_dim", "descriptor_dim", "positional", "position_weight"),
 )
 """The options that descriptors depend on; the others concern what comes after them."""

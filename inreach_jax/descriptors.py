@@ -94,13 +94,14 @@ def append_position(descriptors: jax.Array, position: jax.Array) -> jax.Array:
 
     Args:
       descriptors: [B, P, D] float32.
-      position: [P, 2] float32, of `position`.
+      position: [P, 2] float32, of `position`; [B, P, 2] where images have different patches.
 
     Returns:
       [B, P, D + 2] float32.
     """
-    shape = (*descriptors.shape[:2], position.shape[1])
-    return jnp.concatenate([descriptors, jnp.broadcast_to(position[None], shape)], axis=-1)
+    shape = (*descriptors.shape[:2], position.shape[-1])
+    position = position if position.ndim == 3 else position[None]
+    return jnp.concatenate([descriptors, jnp.broadcast_to(position, shape)], axis=-1)
 
 
 @functools.lru_cache(maxsize=4)  # a second of work for thirteen levels, and traced repeatedly

@@ -74,6 +74,11 @@ def nearest(
 
     Raises:
       ValueError: a shape does not fit, or tile < 1.
+
+    >>> rows = jnp.asarray([[0.0, 0.0], [3.0, 4.0]])
+    >>> value, index = nearest(jnp.asarray([[3.0, 3.0]]), rows)
+    >>> value.tolist(), index.tolist()
+    ([1.0], [1])
     """
     _check_inputs(queries=queries, rows=rows, centre=centre, tile=tile)
     if valid is not None and valid.shape != rows.shape[:1]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from inreach_jax import descriptors as descriptors_lib
 from inreach_jax import images as images_lib
-from inreach_jax import sharding
+from inreach_jax import sharding, tiling
 from inreach_jax.backbones import Backbone, BackboneSpec
 from inreach_jax.config import InReachConfig
 from inreach_jax.store import Blocks, Budget
@@ -172,8 +172,16 @@ class Extractor:
             self._reference = sharding.place(self._feed.first_crop(), mesh=self.mesh)
         return self._reference
 
-    def block(self, number: int) -> tuple[Block, int] | None:
-        """A block and how many of its images are not padding; None past the end."""
+    def block(self, number: int, *, keep: np.ndarray | None = None) -> tuple[Block, int] | None:
+        """A block and how many of its images are not padding; None past the end.
+
+        Args:
+          number: Of the block.
+          keep: [N, K] int32, the patches of each image to describe; None for all.
+
+        Returns:
+          The block, and the number of images.
+        """
         found = self._feed.crops(number)
         if found is None:
             return None
@@ -186,11 +194,17 @@ class Extractor:
             crops,
             valid,
             self.reference,
+            None if keep is None else self._keep(keep, number),
             spec=self._backbone.spec,
             config=self._config,
             mesh=self.mesh,
         )
         return Block(**block), num
+
+    def _keep(self, keep: np.ndarray, number: int) -> jax.Array:
+        """[G, K] int32: the rows of a block, the last one repeated where there are no more."""
+        index = np.minimum(np.arange(self.size) + number * self.size, len(keep) - 1)
+        return sharding.place(keep[index], mesh=self.mesh, spec=sharding.split(self.mesh))
 
     def check(self, block: Block, *, first: int) -> None:
         """Refuses features that are not finite.
@@ -370,21 +384,40 @@ def descriptor_dim(backbone: Backbone, config: InReachConfig) -> int:
     return _descriptor_shape(backbone, config)[0]
 
 
-def _descriptor_shape(backbone: Backbone, config: InReachConfig) -> tuple[int, tuple[int, int]]:
+@functools.lru_cache(maxsize=64)
+def _descriptor_shape_of(
+    spec: BackboneSpec, structure: Any, shapes: Any, config: InReachConfig
+) -> tuple[int, tuple[int, int]]:
+    variables = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
     crops = jax.ShapeDtypeStruct((1, *config.crop, 3), jnp.float32)
     grid: tuple[int, int] = (0, 0)
 
     def describe(variables: Any, crops: jax.Array) -> jax.Array:
         nonlocal grid
-        described, grid = describe_crops(variables, crops, spec=backbone.spec, config=config)
+        described, grid = describe_crops(variables, crops, spec=spec, config=config)
         return described
 
-    shape = jax.eval_shape(describe, backbone.variables, crops).shape
+    shape = jax.eval_shape(describe, variables, crops).shape
     return shape[2], grid
 
 
+def _descriptor_shape(backbone: Backbone, config: InReachConfig) -> tuple[int, tuple[int, int]]:
+    return _descriptor_shape_of(backbone.spec, *_shapes(backbone.variables), config)
+
+
+def _shapes(variables: Any) -> tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]:
+    """The structure of a pytree, and the shapes and dtypes of its leaves: something hashable."""
+    leaves, structure = jax.tree.flatten(variables)
+    return structure, tuple((x.shape, np.dtype(x.dtype)) for x in leaves)
+
+
 def describe_crops(
-    variables: Any, crops: jax.Array, *, spec: BackboneSpec, config: InReachConfig
+    variables: Any,
+    crops: jax.Array,
+    *,
+    spec: BackboneSpec,
+    config: InReachConfig,
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[int, int]]:
     """Patch descriptors without position.
 
@@ -393,6 +426,55 @@ def describe_crops(
       crops: [B, h, w, 3] float32 in [0, 255], as `images.resize_and_crop` makes them.
       spec: The backbone's.
       config: All options up to `descriptor_dim` are used.
+      keep: [B, K] int32, the patches of each crop to describe; None for all.
+
+    Returns:
+      [B, P, D] float32, or with `keep` [B, K, D], and the grid (Hp, Wp).
+
+    Raises:
+      ValueError: `config.tile` or `config.halo` does not fit the backbone or the crop.
+    """
+    describe = functools.partial(describe_window, variables, spec=spec, config=config)
+    if config.tile is None:
+        descriptors, grid = describe(crops)
+        if keep is not None:
+            descriptors = jnp.take_along_axis(descriptors, keep[..., None], axis=1)
+        return descriptors, grid
+    tiles = make_tiling(spec, config=config)
+    if keep is not None:
+        kept = tiling.gather_tiles(crops, keep, tiling=tiles, describe=describe)
+        return kept, tiles.grid
+    every = tiling.map_tiles(crops, tiling=tiles, describe=describe, use=lambda x, _: x)
+    return every, tiles.grid
+
+
+def make_tiling(spec: BackboneSpec, *, config: InReachConfig) -> tiling.Tiling:
+    """How crops are cut into tiles.
+
+    Args:
+      spec: The backbone's.
+      config: Uses `taps`, `crop`, `tile`, which must not be None, and `halo`.
+
+    Returns:
+      Where the windows lie.
+
+    Raises:
+      ValueError: as `tiling.make_tiling`.
+    """
+    reach = tiling.network_reach(spec, taps=spec_taps(spec, config=config))
+    return tiling.make_tiling(reach, config=config)
+
+
+def describe_window(
+    variables: Any, crops: jax.Array, *, spec: BackboneSpec, config: InReachConfig
+) -> tuple[jax.Array, tuple[int, int]]:
+    """The descriptors of what the network sees at once: a crop, or a tile of one.
+
+    Args:
+      variables: Of the backbone.
+      crops: [B, h, w, 3] float32 in [0, 255].
+      spec: The backbone's.
+      config: As for `describe_crops`.
 
     Returns:
       [B, P, D] float32, and the grid (Hp, Wp).
@@ -569,7 +651,12 @@ def lazy_descriptors(
 
 
 def step_bytes(
-    backbone: Backbone, *, config: InReachConfig, batch_size: int, mesh: Mesh | None
+    backbone: Backbone,
+    *,
+    config: InReachConfig,
+    batch_size: int,
+    mesh: Mesh | None,
+    keep: int | None = None,
 ) -> int:
     """What the compiled program needs on each device to describe a block, beside its arguments.
 
@@ -578,13 +665,13 @@ def step_bytes(
       config: All options up to `descriptor_dim` are used.
       batch_size: Images per device and block.
       mesh: As for `Extractor`.
+      keep: Patches of each image that are described; None for all.
 
     Returns:
       Bytes.
     """
-    leaves, structure = jax.tree.flatten(backbone.variables)
-    shapes = tuple((x.shape, np.dtype(x.dtype)) for x in leaves)
-    return _step_bytes(backbone.spec, structure, shapes, config, batch_size, mesh)
+    structure, shapes = _shapes(backbone.variables)
+    return _step_bytes(backbone.spec, structure, shapes, config, batch_size, mesh, keep)
 
 
 @functools.lru_cache(maxsize=32)  # compiling takes seconds
@@ -595,6 +682,7 @@ def _step_bytes(
     config: InReachConfig,
     batch_size: int,
     mesh: Mesh | None,
+    keep: int | None,
 ) -> int:
     def of(shape: tuple[int, ...], dtype: Any, split: bool = False) -> jax.ShapeDtypeStruct:
         if mesh is None:
@@ -608,6 +696,7 @@ def _step_bytes(
         of((size, *crop), jnp.float32, True),
         of((size,), jnp.bool_, True),
         None if config.alignment == "none" else of(crop, jnp.float32),
+        None if keep is None else of((size, keep), jnp.int32, True),
         spec=backbone,
         config=config,
         mesh=mesh,
@@ -656,6 +745,7 @@ def _extract_block(
     crops: jax.Array,
     valid: jax.Array,
     reference: jax.Array | None,
+    keep: jax.Array | None,
     *,
     spec: BackboneSpec,
     config: InReachConfig,
@@ -667,10 +757,14 @@ def _extract_block(
     aligned = reference is not None
 
     def of_shard(
-        variables: Any, crops: jax.Array, valid: jax.Array, reference: jax.Array | None
+        variables: Any,
+        crops: jax.Array,
+        valid: jax.Array,
+        reference: jax.Array | None,
+        keep: jax.Array | None,
     ) -> dict[str, jax.Array | None]:
         crops, angles = _align(crops, reference)
-        descriptors, _ = describe_crops(variables, crops, spec=spec, config=config)
+        descriptors, _ = describe_crops(variables, crops, spec=spec, config=config, keep=keep)
         finite = jnp.isfinite(descriptors).all(axis=(1, 2)) | ~valid
         index = jnp.arange(len(valid), dtype=jnp.int32) + sharding.first_row(len(valid), axes)
         size = len(valid) * sharding.num_shards(mesh)
@@ -684,14 +778,20 @@ def _extract_block(
     return sharding.shard_map(
         of_shard,
         mesh=mesh,
-        in_specs=(whole, split, split, whole if aligned else None),
+        in_specs=(
+            whole,
+            split,
+            split,
+            whole if aligned else None,
+            None if keep is None else split,
+        ),
         out_specs={
             "descriptors": split,
             "angles": split if aligned else None,
             "crop_sum": whole,
             "first_bad": whole,
         },
-    )(variables, crops, valid, reference)
+    )(variables, crops, valid, reference, keep)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

@@ -9,6 +9,7 @@ What is computed does not depend on how many devices share the work: everything 
 same program wherever it runs, and everything that is summed over images is summed in their order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sized
 from typing import Any, Protocol
@@ -194,6 +195,7 @@ class _KnownBlocks:
     """The blocks of a set, which have position where it is used."""
 
     phase = "bank"
+    keep: np.ndarray | None = None
 
     def __init__(self, descriptors: DescriptorSet):
         self._blocks = descriptors.blocks
@@ -233,6 +235,17 @@ class _BareBlocks:
         self.mesh = extractor.mesh
         self.size = extractor.size
         self.num_patches = self._grid[0] * self._grid[1]
+        # [N, K]: an image that takes tiles may have a gigabyte of descriptors. Only those that the
+        # bank keeps are made then, and the span is measured on them; scores will be, too.
+        self.keep: np.ndarray | None = None
+        if config.tile is not None:
+            kept = bank_lib.thin(
+                num_images=self.num_images,
+                num_patches=self.num_patches,
+                max_rows=config.max_bank_rows,
+            )
+            self.keep = np.nonzero(kept)[1].astype(np.int32).reshape(self.num_images, -1)
+            self.num_patches = self.keep.shape[1]
         self.dim = extraction.descriptor_dim(backbone, config)
 
     @property
@@ -240,7 +253,7 @@ class _BareBlocks:
         return self._extractor.reference
 
     def block(self, number: int) -> jax.Array:
-        found = self._extractor.block(number)
+        found = self._extractor.block(number, keep=self.keep)
         if found is None:
             raise ValueError(f"images has become shorter: there is no block {number} any more")
         # The block before, as this one is still under way: the host reads ahead of the device.
@@ -330,12 +343,15 @@ class _Collector:
             self._saved = done
         self._rows = sharding.join_shards(shards, mesh=self._mesh)
 
-    def finish(self, *, capacity: int, where: jax.Array | None) -> jax.Array:
+    def finish(
+        self, *, capacity: int, where: jax.Array | None, patches: np.ndarray | None = None
+    ) -> jax.Array:
         """The rows in the order of (image, patch), on the devices in turn.
 
         Args:
           capacity: Rows to make, the last ones zero; a multiple of the devices.
           where: [P, 2] float32 to append to each row by its patch, or None.
+          patches: [N, K] int32, which patches those of the blocks are; None for all, in order.
 
         Returns:
           [capacity, D or D + 2] float32. The collector is empty afterwards.
@@ -351,7 +367,8 @@ class _Collector:
                 first = shard * local + before[shard]
                 source[done : done + count] = np.arange(first, first + count)
                 done += count
-        patch = np.nonzero(self._nominal.reshape(-1, num_patches))[1].astype(np.int32)
+        image, patch = np.nonzero(self._nominal.reshape(-1, num_patches))
+        patch = patch.astype(np.int32) if patches is None else patches[image, patch]
         patch = np.pad(patch, (0, capacity - len(patch)))
         rows = _reorder(
             self._rows,
@@ -374,9 +391,11 @@ def _fit_all(
     """The bank of all patches, and the span that the seeds show to be asked for."""
     num_images, size, mesh = source.num_images, source.size, source.mesh
     num_blocks = -(-num_images // size)
-    kept = bank_lib.thin(
-        num_images=num_images, num_patches=source.num_patches, max_rows=config.max_bank_rows
-    )
+    kept = np.ones((num_images, source.num_patches), bool)
+    if source.keep is None:
+        kept = bank_lib.thin(
+            num_images=num_images, num_patches=source.num_patches, max_rows=config.max_bank_rows
+        )
     seed_index = support.spread_seeds(num_images=num_images, num_seeds=config.num_seeds)
     collector = _Collector(kept, size=size, dim=source.dim, mesh=mesh)
     seeds = _Seeds(
@@ -401,13 +420,18 @@ def _fit_all(
             added = collector.added(done) | seeds.added(done)
             journal.save(source.phase, done=done, added=added, running=running, mesh=mesh)
     where = source.finish()
-    of_seeds = seeds.finish(where)
+    of_seed_patches = where
+    if where is not None and source.keep is not None:
+        of_seed_patches = jnp.take(
+            where, sharding.place(source.keep[seed_index], mesh=mesh), axis=0
+        )
+    of_seeds = seeds.finish(of_seed_patches)
     growth = _seed_growth(of_seeds, seed_index, size=size, mesh=mesh, progress=progress)
     span = support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=num_images)
     per_image = int(kept[0].sum())
     shards = sharding.num_shards(mesh)
     capacity = -(-num_images // shards) * shards * per_image
-    rows = collector.finish(capacity=capacity, where=where)
+    rows = collector.finish(capacity=capacity, where=where, patches=source.keep)
     isolation = None
     if span > 1:  # otherwise nothing asks for it
         isolation = _isolate(
@@ -428,6 +452,10 @@ def _fit_all(
         reference=source.reference,
         mesh=mesh,
     )
+    if source.keep is not None:
+        patch = np.pad(source.keep.reshape(-1), (0, capacity - source.keep.size))
+        placed = sharding.place(patch, mesh=mesh, spec=sharding.split(mesh))
+        bank = dataclasses.replace(bank, patch=placed)
     progress("bank", num_images, num_images)
     return bank
 
@@ -756,6 +784,7 @@ def _no_channel_message(channels: Channels, num_images: int, config: InReachConf
     )
 
 
+_take_patches = jax.jit(lambda where, patches: jnp.take(where, patches, axis=0))
 _growth_exponent = jax.jit(support.growth_exponent)
 _channel_span = jax.jit(channels_lib.channel_span, static_argnames="num_channels")
 _lengths = jax.jit(lambda x: jnp.sqrt(jnp.sum(x * x, axis=-1)))

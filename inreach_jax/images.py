@@ -47,6 +47,10 @@ def resize_and_crop(images: jax.Array, *, config: InReachConfig) -> jax.Array:
     Returns:
       [B, h, w, C] float32 in the range of the input, (h, w) = config.crop. An image that has the
       size already keeps its values exactly.
+
+    >>> config = InReachConfig(resize=(4, 6), crop=(2, 4))
+    >>> resize_and_crop(jnp.ones((1, 8, 12, 3)), config=config).shape
+    (1, 2, 4, 3)
     """
     x = jnp.asarray(images, jnp.float32)
     height, width = config.resize

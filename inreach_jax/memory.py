@@ -1,18 +1,23 @@
-"""What a fit and the scoring with its bank will keep where, before any of it is allocated."""
+"""What fitting and scoring will keep where, known before any of it is allocated."""
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from inreach_jax import bank as bank_lib
 from inreach_jax import distances, extraction, scoring, sharding
+from inreach_jax import images as images_lib
 from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
+from inreach_jax.pipeline import score_crops
 from inreach_jax.store import Budget
+from inreach_jax.types import NominalBank
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -66,6 +71,10 @@ def plan(
     height, width = extraction.patch_grid(backbone, config)
     num_patches, dim = height * width, extraction.descriptor_dim(backbone, config) + 2
     row = 4 * dim
+    keep = None
+    if config.tile is not None and config.nominal == "all":  # only what the bank keeps is made
+        limit = num_patches if config.max_bank_rows is None else config.max_bank_rows // num_images
+        keep = num_patches = min(num_patches, max(1, limit))
     num_blocks = -(-num_images // (batch_size * shards))
     block = batch_size * num_patches * row
     crops = 4 * batch_size * 3 * config.crop[0] * config.crop[1]
@@ -78,7 +87,9 @@ def plan(
             phase="always",
             place="device",
             num_bytes=2 * crops
-            + extraction.step_bytes(backbone, config=config, batch_size=batch_size, mesh=mesh),
+            + extraction.step_bytes(
+                backbone, config=config, batch_size=batch_size, mesh=mesh, keep=keep
+            ),
             option="batch_size",
         ),
         Item(
@@ -238,3 +249,84 @@ def _total_memory() -> int:
         return 0
     kilobytes = next((x.split()[1] for x in text.splitlines() if x.startswith("MemTotal")), "0")
     return int(kilobytes) * 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringPlan:
+    """Bytes that `score_images` takes at once, beside the interpreter and its libraries.
+
+    Where the CPU is the device, the two add up.
+
+    Attributes:
+      host: Images as they come and as they are stacked, and the scores of a batch.
+      device: The most of resizing and of scoring, with the weights and the bank.
+      steps: Of the device, what each step takes by itself: "held" (weights and bank), "resize",
+        "score".
+    """
+
+    host: int
+    device: int
+    steps: dict[str, int]
+
+
+def plan_scoring(
+    backbone: Backbone,
+    bank: NominalBank,
+    *,
+    config: InReachConfig,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+) -> ScoringPlan:
+    """Plans the memory of `score_images`. Compiles both steps, and runs none.
+
+    Args:
+      backbone: That the bank was fitted with.
+      bank: The nominal bank. Shapes are enough: `jax.ShapeDtypeStruct`s may stand for its arrays.
+      config: That the bank was fitted with.
+      size: (H, W) of the images; None for `config.resize`.
+      batch_size: Images per step.
+
+    Returns:
+      The plan. Two batches count, as one is prepared while the other is still referred to.
+
+    Raises:
+      ValueError: the bank does not fit backbone and config.
+    """
+    height, width = config.resize if size is None else size
+    images = jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.uint8)
+    crops = jax.ShapeDtypeStruct((batch_size, *config.crop, 3), jnp.float32)
+    resize = jax.jit(lambda x: images_lib.resize_and_crop(x, config=config))
+    score = jax.jit(
+        lambda variables, bank, x: score_crops(
+            variables, bank, x, spec=backbone.spec, config=config
+        )
+    )
+    held = _bytes((backbone.variables, bank))
+    resizing = _planned(resize.lower(images))
+    arguments = jax.tree.map(_shape, (backbone.variables, bank))
+    searching = _planned(score.lower(*arguments, crops))
+    outputs = _bytes(jax.eval_shape(score, *arguments, crops))
+    steps = {
+        "held": held,
+        "resize": resizing + _bytes(images) + _bytes(crops),
+        "score": searching + 2 * _bytes(crops),
+    }
+    return ScoringPlan(
+        host=4 * _bytes(images) + outputs,
+        device=held + max(steps["resize"], steps["score"]),
+        steps=steps,
+    )
+
+
+def _planned(lowered: Any) -> int:
+    """Bytes that a program takes beside its arguments."""
+    stats = lowered.compile().memory_analysis()
+    return int(stats.temp_size_in_bytes + stats.output_size_in_bytes)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inreach_jax import descriptors as descriptors_lib
-from inreach_jax import extraction, scoring, sharding
+from inreach_jax import extraction, scoring, sharding, tiling
 from inreach_jax import images as images_lib
 from inreach_jax.backbones import Backbone, BackboneSpec
 from inreach_jax.config import InReachConfig
@@ -43,6 +44,16 @@ def make_score_fn(
     Raises:
       ValueError: `config.taps` does not fit the backbone. The function raises it while it is traced
         if the images or the bank have the wrong shape.
+
+    >>> import numpy as np
+    >>> from inreach_jax import fit, load_backbone
+    >>> backbone = load_backbone("efficientnet_lite0")
+    >>> config = InReachConfig(resize=(64, 96), crop=(64, 96))
+    >>> images = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), np.uint8)
+    >>> bank = fit(backbone, images, config=config)
+    >>> scores = jax.jit(make_score_fn(backbone, config))(backbone.variables, bank, images[:2])
+    >>> scores.image.shape, scores.maps.shape, scores.patches.shape
+    ((2,), (2, 64, 96), (2, 8, 12))
     """
     spec = backbone.spec
     extraction.spec_taps(spec, config=config)
@@ -105,19 +116,30 @@ def score_crops(
                 "reference; use the config that the bank was fitted with"
             )
         crops, angles = images_lib.align(crops, bank.reference)
-    descriptors, grid = extraction.describe_crops(variables, crops, spec=spec, config=config)
-    if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
-        where = descriptors_lib.position(grid, weight=config.position_weight)
-        descriptors = descriptors_lib.append_position(descriptors, where)
-    return scoring.score_descriptors(
-        bank,
-        descriptors,
-        grid=grid,
-        config=config,
-        angles=angles,
-        exclude=exclude,
-        axes=axes,
-    )
+    describe = functools.partial(extraction.describe_window, variables, spec=spec, config=config)
+
+    def search(
+        descriptors: jax.Array, grid: tuple[int, int], patches: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
+            where = descriptors_lib.position(grid, weight=config.position_weight)
+            where = where if patches is None else jnp.take(where, patches, axis=0)
+            descriptors = descriptors_lib.append_position(descriptors, where)
+        return scoring.search(bank, descriptors, exclude=exclude, axes=axes)
+
+    if config.tile is None:
+        descriptors, grid = describe(crops)
+        found = search(descriptors, grid)
+    else:  # each tile's descriptors are dropped once they are scored
+        tiles = extraction.make_tiling(spec, config=config)
+        grid = tiles.grid
+        found = tiling.map_tiles(
+            crops,
+            tiling=tiles,
+            describe=describe,
+            use=lambda x, patches: search(x, grid, patches),
+        )
+    return scoring.scores_of_patches(*found, grid=grid, config=config, angles=angles)
 
 
 def score_images(

@@ -395,11 +395,11 @@ def _upsample_and_smooth(
     radius = int(_TRUNCATE * sigma + 0.5)
     if radius == 0:
         return upsample.astype(np.float32)
-    offset = np.arange(-radius, radius + 1)
-    weight = np.exp(-0.5 * (offset / sigma) ** 2)
-    # The signal repeats with period 2 * out, mirrored in its second half.
-    source = (np.arange(out)[:, None] + offset) % (2 * out)
-    source = np.minimum(source, 2 * out - 1 - source)
-    smooth = np.zeros((out, out))
-    np.add.at(smooth, (np.arange(out)[:, None], source), weight / weight.sum())
-    return (smooth @ upsample).astype(np.float32)
+    smooth = np.zeros_like(upsample)
+    for offset in range(-radius, radius + 1):
+        # The signal repeats with period 2 * out, mirrored in its second half.
+        source = (np.arange(out) + offset) % (2 * out)
+        source = np.minimum(source, 2 * out - 1 - source)
+        smooth += np.exp(-0.5 * (offset / sigma) ** 2) * upsample[source]
+    weight = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return (smooth / weight.sum()).astype(np.float32)

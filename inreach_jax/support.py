@@ -168,6 +168,11 @@ def choose_span(*, growth: float, tolerance: float, num_images: int) -> int:
 
     Returns:
       k, at least 1 and otherwise at most `LIMIT_SHARE` of N.
+
+    >>> choose_span(growth=0.2, tolerance=0.1, num_images=120)  # distances grow: the nearest only
+    1
+    >>> choose_span(growth=0.02, tolerance=0.1, num_images=120)  # hardly: a quarter of the images
+    30
     """
     limit = span_limit(num_images=num_images)
     if growth * np.log(limit) <= np.log1p(tolerance):

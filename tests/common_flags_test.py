@@ -45,6 +45,8 @@ def values(name: str) -> list[Any]:
         listed = [(300, 280)]
     elif name == "crop":
         listed = [(200, 120)]
+    elif name == "tile":
+        listed = [(128, 96)]
     elif name == "taps":
         listed = [None, (3,), (0, 2, 5)]
     else:

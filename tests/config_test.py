@@ -30,7 +30,7 @@ def _wrong_values(name: str) -> list[Any]:
         return [*wrong, -1, -1e-9, math.nan, math.inf, "4", True, (1.0,)]
     if name == "taps":
         return [*wrong, (), (-1, 2), (2, 1), (1, 1), (0.5,), (True,), 3, "123"]
-    if get_origin(hint) is tuple:
+    if get_origin(hint) is tuple or name == "tile":
         return [*wrong, (0, 8), (8, -1), (8,), (8, 8, 8), (8.0, 8.0), (True, 8), 224, "88"]
     assert hint in (int, int | None)
     wrong += [0, -1, 1.0, 2.5, True, "3", (1,), math.inf]
@@ -72,6 +72,12 @@ def test_limits_themselves_are_allowed() -> None:
     assert config.replace(max_bank_rows=None).max_bank_rows is None
     assert config.mask_threshold == 255
     assert config.replace(mask_threshold=1).mask_threshold == 1
+
+
+def test_tiles_are_not_normalised_by_themselves() -> None:
+    assert PRESETS["default"].replace(tile=(224, 224)).tile == (224, 224)
+    with pytest.raises(ValueError, match="tile changes what batch_norm = 'image' computes"):
+        PRESETS["official"].replace(tile=(224, 224))
 
 
 @pytest.mark.parametrize("crop", [(257, 10), (10, 257)])
