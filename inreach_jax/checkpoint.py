@@ -1,8 +1,9 @@
-"""Nominal banks on disk: the only module that imports Orbax, and only when it is called.
+"""Banks and calibrations on disk: the only module that imports Orbax, and only when called.
 
 A bank directory holds numbered steps, `<directory>/0`, `<directory>/1`, ... Each save makes a new
 one, because Orbax's overwrite deletes the good checkpoint before it writes the other. A step has
-the arrays, without padding, and a manifest that restoring checks in full.
+the arrays, without padding, and a manifest that restoring checks in full. A step's calibration,
+if it has one, is in `<directory>/calibration/` under the same number, and knows its bank's digest.
 """
 
 import dataclasses
@@ -19,9 +20,10 @@ import numpy as np
 from inreach_jax.backbones import Backbone
 from inreach_jax.bank import bank_capacity
 from inreach_jax.config import InReachConfig
-from inreach_jax.types import NominalBank
+from inreach_jax.types import Calibration, NominalBank
 
 FORMAT_VERSION = 2
+_CALIBRATION = "calibration"
 _PER_ROW = ("rows", "image", "patch", "multiplicity")
 
 
@@ -98,37 +100,10 @@ def restore_bank(
         files are damaged.
     """
     directory = pathlib.Path(directory).absolute()
-    steps = _steps(directory)
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(
-            f"no bank at {directory}"
-            + (f" with step {step}; there are {steps}" if steps else "; save_bank makes one")
-        )
-    path = directory / str(steps[-1] if step is None else step)
-    try:
-        manifest = _orbax().metadata(path).custom_metadata
-    except Exception as error:  # Orbax raises many kinds
-        raise ValueError(f"the bank at {path} has no readable manifest: {error}") from error
+    path = _bank_step(directory, step)
+    manifest = _read_manifest(path, what="bank")
     config = _check_manifest(manifest, path=path, backbone=backbone)
-    expected = manifest["arrays"]
-    try:
-        stored = _orbax().metadata(path).metadata
-        if stored is None:  # Orbax logs why
-            raise ValueError("its arrays cannot be read")
-        # What is stored is asked for: Orbax would cast silently to anything else.
-        actual = {name: _spec(x) for name, x in stored.items()}
-        if actual != expected:
-            raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
-        arrays = {name: np.asarray(x) for name, x in _orbax().load(path, stored).items()}
-    except Exception as error:
-        raise ValueError(
-            f"the bank at {path} is damaged: {error}. Restore a copy or fit again"
-        ) from error
-    if _digest(arrays) != manifest["digest"]:
-        raise ValueError(
-            f"the bank at {path} is damaged: its content is not what was saved. Restore a copy or "
-            "fit again"
-        )
+    arrays = _load(path, manifest, what="bank")
     count = len(arrays["rows"])
     per_image = count // len(np.unique(arrays["image"])) if "span" in arrays else 0
     if manifest["per_image"] != per_image:
@@ -146,6 +121,142 @@ def restore_bank(
         **{k: jnp.asarray(v) for k, v in arrays.items()},
     )
     return bank, config
+
+
+def save_calibration(
+    directory: str | os.PathLike[str], calibration: Calibration, *, step: int | None = None
+) -> pathlib.Path:
+    """Saves a calibration beside the bank that it is of, in `<directory>/calibration/<step>`.
+
+    Args:
+      directory: Of the bank, as `save_bank` was given it.
+      calibration: From `calibration.calibrate`.
+      step: Which save of the bank; None for the latest.
+
+    Returns:
+      The path of the calibration.
+
+    Raises:
+      FileNotFoundError: there is no such bank.
+      ValueError: the calibration is not finite, or this save of the bank has one already.
+      OSError: the directory cannot be written.
+    """
+    bank_path = _bank_step(pathlib.Path(directory).absolute(), step)
+    arrays = {
+        field.name: np.asarray(getattr(calibration, field.name))
+        for field in dataclasses.fields(calibration)
+    }
+    if not all(np.isfinite(x).all() for x in arrays.values()):
+        raise ValueError("calibration has numbers that are not finite; it was not saved")
+    path = bank_path.parent / _CALIBRATION / bank_path.name
+    if path.exists():
+        raise ValueError(f"there is a calibration at {path} already; save the bank once more")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "bank_digest": _bank_digest(bank_path),
+        "arrays": {name: _spec(x) for name, x in arrays.items()},
+        "digest": _digest(arrays),
+    }
+    path.parent.mkdir(exist_ok=True)
+    _orbax().save(path, arrays, custom_metadata=manifest)
+    return path
+
+
+def restore_calibration(
+    directory: str | os.PathLike[str], *, step: int | None = None
+) -> Calibration:
+    """Restores what `save_calibration` saved.
+
+    Args:
+      directory: Of the bank.
+      step: Which save of the bank; None for the latest.
+
+    Returns:
+      The calibration.
+
+    Raises:
+      FileNotFoundError: there is no such bank, or it has no calibration.
+      ValueError: it was made by another version or for another bank, or the files are damaged.
+    """
+    bank_path = _bank_step(pathlib.Path(directory).absolute(), step)
+    path = bank_path.parent / _CALIBRATION / bank_path.name
+    if not path.is_dir():
+        raise FileNotFoundError(f"the bank at {bank_path} has no calibration at {path}")
+    manifest = _read_manifest(path, what="calibration")
+    fields = {field.name for field in dataclasses.fields(Calibration)}
+    wanted = {"format_version", "bank_digest", "arrays", "digest"}
+    if (
+        not isinstance(manifest, dict)
+        or wanted - set(manifest)
+        or manifest["format_version"] != FORMAT_VERSION
+        or set(manifest["arrays"]) != fields
+    ):
+        raise ValueError(
+            f"the calibration at {path} is damaged or of another version. Restore a copy or "
+            "calibrate again"
+        )
+    if manifest["bank_digest"] != _bank_digest(bank_path):
+        raise ValueError(
+            f"the calibration at {path} is of another bank than {bank_path}; its thresholds mean "
+            "nothing for this one. Restore a copy or calibrate again"
+        )
+    arrays = _load(path, manifest, what="calibration")
+    return Calibration(**{name: jnp.asarray(x) for name, x in arrays.items()})
+
+
+def _bank_step(directory: pathlib.Path, step: int | None) -> pathlib.Path:
+    """The path of a save of a bank.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    steps = _steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"no bank at {directory}"
+            + (f" with step {step}; there are {steps}" if steps else "; save_bank makes one")
+        )
+    return directory / str(steps[-1] if step is None else step)
+
+
+def _bank_digest(path: pathlib.Path) -> Any:
+    manifest = _read_manifest(path, what="bank")
+    return manifest.get("digest") if isinstance(manifest, dict) else None
+
+
+def _read_manifest(path: pathlib.Path, *, what: str) -> Any:
+    try:
+        return _orbax().metadata(path).custom_metadata
+    except Exception as error:  # Orbax raises many kinds
+        raise ValueError(f"the {what} at {path} has no readable manifest: {error}") from error
+
+
+def _load(path: pathlib.Path, manifest: Any, *, what: str) -> dict[str, np.ndarray]:
+    """The arrays of a step, which are those of its manifest.
+
+    Raises:
+      ValueError: they are not.
+    """
+    expected = manifest["arrays"]
+    try:
+        stored = _orbax().metadata(path).metadata
+        if stored is None:  # Orbax logs why
+            raise ValueError("its arrays cannot be read")
+        # What is stored is asked for: Orbax would cast silently to anything else.
+        actual = {name: _spec(x) for name, x in stored.items()}
+        if actual != expected:
+            raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
+        arrays = {name: np.asarray(x) for name, x in _orbax().load(path, stored).items()}
+    except Exception as error:
+        raise ValueError(
+            f"the {what} at {path} is damaged: {error}. Restore a copy or fit again"
+        ) from error
+    if _digest(arrays) != manifest["digest"]:
+        raise ValueError(
+            f"the {what} at {path} is damaged: its content is not what was saved. Restore a copy "
+            "or fit again"
+        )
+    return arrays
 
 
 def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) -> InReachConfig:
