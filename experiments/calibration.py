@@ -5,7 +5,8 @@ r"""How well thresholds that are estimated without labels keep their false-alarm
         --category=screw --data_dir=DIR --num_train=120
 
 Without a category, the three surfaces of the demonstration set. Of a pool of images, --num_train
-(40) are drawn as training images, a share of them (--ratios) anomalous, once for each seed. They are calibrated on each other as `experiments.inspect` does it, and the good images of the pool that
+(40) are drawn as training images, a share of them (--ratios) anomalous, once for each seed. They
+are calibrated on each other as `experiments.inspect` does it, and the good images of the pool that
 were not drawn say how often they are called suspicious at thresholds for 1, 5 and 10%.
 
 The pool are the first 200 good training images of a category, all good test images, and 30

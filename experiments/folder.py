@@ -7,8 +7,8 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, NamedTuple
 
 import jax
 import matplotlib
@@ -47,7 +47,8 @@ COLUMNS = ("path", "score", "p_value", "suspicious", "heatmap")
 """Of scores.csv."""
 
 _BRIGHTEST = 3.0  # -log10 of the p-value
-_HEATMAP_NAME = r"\d{6,}_[A-Za-z0-9._-]*\.png"
+_HEATMAP_NAME = r"\d{6,}_[A-Za-z0-9_-]*\.png"
+_MAX_SHAPES = 200
 _COLOURS = matplotlib.colormaps["inferno"]
 
 Skipped = tuple[str, str]
@@ -55,10 +56,9 @@ Skipped = tuple[str, str]
 
 
 class Item(NamedTuple):
-    """An image that could be read: its name, where it is, and [H, W, 3] uint8."""
+    """An image that could be read: its name and its pixels, [H, W, 3] uint8."""
 
     name: str
-    path: pathlib.Path
     pixels: np.ndarray
 
 
@@ -77,13 +77,19 @@ def read_all(
       background: As for `read_image`.
       skip: Called with the name of each image that cannot be read, and why.
     """
+    shapes: set[tuple[int, ...]] = set()
     for path in paths:
         try:
             pixels = read_image(path, background=background)
         except (OSError, ValueError) as error:
             skip(name_of(path, root), reason(error, path))
             continue
-        yield Item(name_of(path, root), path, pixels)
+        # Each size is a compilation that jax keeps for ever.
+        shapes.add(pixels.shape)
+        if len(shapes) > _MAX_SHAPES:
+            shapes.clear()
+            jax.clear_caches()
+        yield Item(name_of(path, root), pixels)
 
 
 def score_all(
@@ -113,9 +119,13 @@ def unstack(scores: inreach_jax.Scores) -> list[inreach_jax.Scores]:
 
 
 def list_folder(
-    directory: pathlib.Path, *, exclude: Sequence[pathlib.Path] = ()
+    directory: pathlib.Path, *, workdir: pathlib.Path | None
 ) -> tuple[tuple[pathlib.Path, ...], list[Skipped]]:
     """The images below a folder, and what is passed over.
+
+    Args:
+      directory: The folder.
+      workdir: Left out with all that is in it, except that it may be the folder itself.
 
     Raises:
       OSError: the folder cannot be read.
@@ -124,8 +134,15 @@ def list_folder(
         raise NotADirectoryError(f"--images {directory} is a file; name the folder that it is in")
     if not directory.exists():
         raise FileNotFoundError(f"--images {directory} does not exist")
+    exclude = [] if workdir is None else [workdir, workdir / HEATMAPS]
     paths, passed = walk_images(directory, exclude=exclude)
     return paths, [(name_of(path, directory), why) for path, why in passed]
+
+
+def open_new(path: pathlib.Path) -> IO[str]:
+    """A text file to write, in the place of what was there, be it a link that leads elsewhere."""
+    path.unlink(missing_ok=True)
+    return path.open("w", newline="", encoding="utf-8")
 
 
 def name_of(path: pathlib.Path, root: pathlib.Path) -> str:
@@ -150,10 +167,10 @@ def heatmap_name(name: str, number: int) -> str:
     """A file name for a heat map: never a path, never too long, and no two the same.
 
     Args:
-      name: Of the image; only its letters, digits, dots and dashes are kept.
+      name: Of the image; only its letters, digits and dashes are kept.
       number: That no other image has.
     """
-    stem = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._-")[-60:]
+    stem = re.sub(r"[^A-Za-z0-9-]+", "_", name.rpartition(".")[0])[-60:]
     return f"{number:06d}_{stem}.png"
 
 
@@ -189,16 +206,25 @@ def turn(pixels: np.ndarray, reference: jax.Array | None) -> np.ndarray:
     return np.asarray(turned)[0].round().clip(0, 255).astype(np.uint8)
 
 
-def empty_heatmaps(workdir: pathlib.Path) -> pathlib.Path:
-    """The folder for heat maps, without those of an earlier run; other files in it are left alone.
+def make_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """A folder in the workdir.
 
     Raises:
       OSError: it cannot be written, or is a link, which might lead out of the workdir.
     """
-    heatmaps = workdir / HEATMAPS
-    if heatmaps.is_symlink():
-        raise OSError(f"{heatmaps} is a link, which might lead anywhere; remove it")
-    heatmaps = runner.make_workdir(heatmaps)
+    folder = workdir / name
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link, which might lead anywhere; remove it")
+    return runner.make_workdir(folder)
+
+
+def empty_heatmaps(workdir: pathlib.Path) -> pathlib.Path:
+    """The folder for heat maps, without those of an earlier run; other files in it are left alone.
+
+    Raises:
+      OSError: as `make_folder`.
+    """
+    heatmaps = make_folder(workdir, HEATMAPS)
     for path in heatmaps.iterdir():
         if re.fullmatch(_HEATMAP_NAME, path.name):
             path.unlink()

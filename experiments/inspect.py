@@ -45,6 +45,7 @@ _MAX_CARDS = flags.DEFINE_integer(
     "max_cards", 200, "Images to show in the report, the most suspicious.", lower_bound=1
 )
 
+_WRITTEN = ("report.html", "scores.csv", "summary.json")
 _MIN_IMAGES = 3
 _NUM_REASONS, _APART, _WINDOW = 3, 4, 64
 _SHOWN = 10
@@ -72,11 +73,13 @@ def main() -> None:
     config = common_flags.config()
     root = pathlib.Path(common_flags.required(folder.IMAGES)).expanduser()
     workdir = pathlib.Path(common_flags.WORKDIR.value or "results/inspect").expanduser()
-    listed, skipped = folder.list_folder(root, exclude=[workdir])
+    listed, skipped = folder.list_folder(root, workdir=workdir)
     paths = _readable(listed, root=root, skipped=skipped)
     _check_count(len(paths), root=root, skipped=skipped)
     workdir = runner.make_workdir(workdir)
-    heatmaps = folder.empty_heatmaps(workdir)
+    for name in _WRITTEN:  # of an earlier run
+        (workdir / name).unlink(missing_ok=True)
+    heatmaps, bank_dir = folder.empty_heatmaps(workdir), folder.make_folder(workdir, "bank")
     backbone = inreach_jax.load_backbone(
         common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
     )
@@ -92,8 +95,8 @@ def main() -> None:
         model, scored = _learn(
             learned, chosen, root=root, backbone=backbone, config=config, skipped=skipped
         )
-        inreach_jax.save_bank(workdir / "bank", model.bank, backbone=backbone, config=config)
-        inreach_jax.save_calibration(workdir / "bank", model.calibration)
+        inreach_jax.save_bank(bank_dir, model.bank, backbone=backbone, config=config)
+        inreach_jax.save_calibration(bank_dir, model.calibration)
         for name, pixels, scores in zip(learned.names, learned.crops, scored, strict=True):
             results.append(_finish(name, pixels, scores, len(results), heatmaps, model))
         items = folder.read_all(
@@ -114,6 +117,7 @@ def main() -> None:
         _write(
             workdir,
             results,
+            root=folder.name_of(root.resolve(), root.resolve()),
             learned=learned.names,
             model=model,
             config=config,
@@ -224,6 +228,7 @@ def _write(
     workdir: pathlib.Path,
     results: Sequence[_Result],
     *,
+    root: str,
     learned: Sequence[str],
     model: _Model,
     config: inreach_jax.InReachConfig,
@@ -232,7 +237,7 @@ def _write(
 ) -> None:
     """The table, the summary and the report, and a few lines for the terminal."""
     ranked = sorted(results, key=lambda result: (-result.row["score"], result.row["path"]))
-    with (workdir / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+    with folder.open_new(workdir / "scores.csv") as file:
         writer = csv.DictWriter(file, folder.COLUMNS)
         writer.writeheader()
         writer.writerows(result.row for result in ranked)
@@ -261,7 +266,7 @@ def _write(
     cards = _cards(ranked[: _MAX_CARDS.value], workdir, sources, learned, model=model)
     report.write_report(
         workdir / "report.html",
-        title=f"{len(suspicious)} of {len(ranked)} images are suspicious",
+        title=f"What is odd in {root}",
         cards=cards,
         scores=np.array([result.row["score"] for result in ranked]),
         threshold=float(threshold),

@@ -50,12 +50,11 @@ def main() -> None:
     workdir = None
     if common_flags.WORKDIR.value:
         workdir = pathlib.Path(common_flags.WORKDIR.value).expanduser()
-    exclude = [workdir] if workdir else []
     if _WATCH.value:
-        folder.list_folder(images, exclude=exclude)  # an error before any long work
-        rounds = watch(images, exclude=exclude)
+        folder.list_folder(images, workdir=workdir)  # an error before any long work
+        rounds = watch(images, workdir=workdir)
     else:
-        rounds = iter([_list(images, exclude)])
+        rounds = iter([_list(images, workdir)])
     backbone = inreach_jax.load_backbone(
         common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
     )
@@ -97,7 +96,7 @@ Round = tuple[Sequence[pathlib.Path], Sequence[folder.Skipped]]
 def watch(
     directory: pathlib.Path,
     *,
-    exclude: Sequence[pathlib.Path],
+    workdir: pathlib.Path | None,
     wait: Callable[[], object] = lambda: time.sleep(_SECONDS),
 ) -> Iterator[Round]:
     """What is added to a folder or changed in it, over and over.
@@ -107,14 +106,14 @@ def watch(
 
     Args:
       directory: The folder.
-      exclude: Folders in it that are left out.
+      workdir: Left out, if it is in the folder.
       wait: Called between two looks.
     """
     done: dict[pathlib.Path, tuple[int, int]] = {}
     before: dict[pathlib.Path, tuple[int, int]] = {}
     told: set[folder.Skipped] = set()
     while True:
-        paths, skipped = folder.list_folder(directory, exclude=exclude)
+        paths, skipped = folder.list_folder(directory, workdir=workdir)
         now = {path: state for path in paths if (state := _state(path)) is not None}
         ready = [p for p, state in now.items() if before.get(p) == state and done.get(p) != state]
         done |= {path: now[path] for path in ready}
@@ -135,7 +134,7 @@ def _state(path: pathlib.Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _list(images: pathlib.Path, exclude: Sequence[pathlib.Path]) -> Round:
+def _list(images: pathlib.Path, workdir: pathlib.Path | None) -> Round:
     """The images of a folder, or one file.
 
     Raises:
@@ -144,7 +143,7 @@ def _list(images: pathlib.Path, exclude: Sequence[pathlib.Path]) -> Round:
     """
     if images.is_file():
         return [images], []
-    paths, skipped = folder.list_folder(images, exclude=exclude)
+    paths, skipped = folder.list_folder(images, workdir=workdir)
     if not paths and not skipped:
         raise ValueError(f"--images {images} holds no images; is it the right folder?")
     return paths, skipped
@@ -161,8 +160,8 @@ class _Output:
             return
         workdir = runner.make_workdir(workdir)
         self._heatmaps = folder.empty_heatmaps(workdir)
-        self._lines = (workdir / "predictions.jsonl").open("w", encoding="utf-8")
-        table = (workdir / "scores.csv").open("w", newline="", encoding="utf-8")
+        self._lines = folder.open_new(workdir / "predictions.jsonl")
+        table = folder.open_new(workdir / "scores.csv")
         self._files = [self._lines, table]
         self._table = csv.DictWriter(table, folder.COLUMNS)
         self._table.writeheader()
@@ -204,11 +203,11 @@ class _Output:
 
     def _tell(self, row: dict[str, Any]) -> None:
         line = json.dumps(row)
-        print(line, flush=True)
         if self._files:
             self._lines.write(line + "\n")
             for file in self._files:
                 file.flush()
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _PRIOR_DISTANCE, _PRIOR_SPREAD = 3.0, 1.5
 _UPPER_QUARTILE = 0.6745  # of the standard normal distribution
 _STARTS = (0.02, 0.15, 0.3)
 _MAX_SHARE = 0.45
-_STEPS = 300
+_STEPS, _SETTLED = 1000, 1e-7
 _LEAST_SPREAD = 1e-3  # of logarithms: scores that differ by less are equal
 _LEAST_SCORE = 1e-12
 _LEAST_SHARE = 1e-6
@@ -150,6 +150,7 @@ def _good_ones(x: np.ndarray) -> _Normal:
 def _maximise(x: np.ndarray, mean: float, spread: float, share: float) -> tuple[float, _Normal]:
     """From one start; how likely what it ends with is, and that."""
     above, width = _PRIOR_DISTANCE * spread, _PRIOR_SPREAD * spread
+    before = -math.inf
     for _ in range(_STEPS):
         good = np.log1p(-share) + _log_normal(x, mean, spread)
         odd = np.log(share) + _log_normal(x, mean + above, width)
@@ -166,7 +167,10 @@ def _maximise(x: np.ndarray, mean: float, spread: float, share: float) -> tuple[
             is_odd @ (x - mean - above) ** 2 + _PRIOR_ANOMALOUS * (_PRIOR_SPREAD * spread) ** 2
         )
         width = max(float(np.sqrt(squares / counted)), spread)
-    likelihood = float(total.sum() + _PRIOR_GOOD * np.log1p(-share))
+        likelihood = float(total.sum() + _PRIOR_GOOD * np.log1p(-share))
+        if abs(likelihood - before) < _SETTLED:
+            break
+        before = likelihood
     return likelihood, _Normal(
         num=float(is_good.sum()), mean=mean, spread=spread, anomalous_share=float(share)
     )
