@@ -7,8 +7,9 @@ import itertools
 import os
 import pathlib
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 
 import jax
 import matplotlib
@@ -53,6 +54,34 @@ _COLOURS = matplotlib.colormaps["inferno"]
 
 Skipped = tuple[str, str]
 """The name of a file, and why it was passed over."""
+
+
+class Interruption:
+    """Ctrl-C while it is entered: the first waits for the image at hand, the second does not.
+
+    Attributes:
+      asked: Whether there was one.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *unused: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self) -> None:
+        """Raises what Ctrl-C raises elsewhere, if there was one."""
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 class Item(NamedTuple):

@@ -95,21 +95,24 @@ def main() -> None:
         model, scored = _learn(
             learned, chosen, root=root, backbone=backbone, config=config, skipped=skipped
         )
-        inreach_jax.save_bank(bank_dir, model.bank, backbone=backbone, config=config)
-        inreach_jax.save_calibration(bank_dir, model.calibration)
-        for name, pixels, scores in zip(learned.names, learned.crops, scored, strict=True):
-            results.append(_finish(name, pixels, scores, len(results), heatmaps, model))
-        items = folder.read_all(
-            tqdm(others, desc=f"{'others':<12}", unit="img", disable=not others),
-            root=root,
-            background=folder.BACKGROUND.value,
-            skip=lambda name, why: skipped.append((name, why)),
-        )
-        for item, scores in folder.score_all(
-            backbone, model.bank, items, config=config, batch_size=common_flags.BATCH_SIZE.value
-        ):
-            pixels = folder.crop(item.pixels, config=config)
-            results.append(_finish(item.name, pixels, scores, len(results), heatmaps, model))
+        with folder.Interruption() as interruption:
+            inreach_jax.save_bank(bank_dir, model.bank, backbone=backbone, config=config)
+            inreach_jax.save_calibration(bank_dir, model.calibration)
+            for name, pixels, scores in zip(learned.names, learned.crops, scored, strict=True):
+                results.append(_finish(name, pixels, scores, len(results), heatmaps, model))
+                interruption.check()
+            items = folder.read_all(
+                tqdm(others, desc=f"{'others':<12}", unit="img", disable=not others),
+                root=root,
+                background=folder.BACKGROUND.value,
+                skip=lambda name, why: skipped.append((name, why)),
+            )
+            for item, scores in folder.score_all(
+                backbone, model.bank, items, config=config, batch_size=common_flags.BATCH_SIZE.value
+            ):
+                pixels = folder.crop(item.pixels, config=config)
+                results.append(_finish(item.name, pixels, scores, len(results), heatmaps, model))
+                interruption.check()
         complete = True
     except KeyboardInterrupt:
         complete = False

@@ -45,29 +45,41 @@ _SECONDS = 1.0
 
 def main() -> None:
     """Scores what there is, and with --watch what comes."""
+    try:
+        num_scored, num_errors = _run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(folder.INTERRUPTED)
+    if num_errors:
+        print(f"{num_scored} images scored; {num_errors} could not be read", file=sys.stderr)
+        sys.exit(SOME_UNREADABLE)
+
+
+def _run() -> tuple[int, int]:
+    """How many images were scored, and how many could not be read.
+
+    Raises:
+      KeyboardInterrupt: after the image at hand.
+    """
     directory = pathlib.Path(common_flags.required(_BANK)).expanduser()
     images = pathlib.Path(common_flags.required(folder.IMAGES)).expanduser()
     workdir = None
     if common_flags.WORKDIR.value:
         workdir = pathlib.Path(common_flags.WORKDIR.value).expanduser()
-    if _WATCH.value:
-        folder.list_folder(images, workdir=workdir)  # an error before any long work
-        rounds = watch(images, workdir=workdir)
-    else:
-        rounds = iter([_list(images, workdir)])
-    backbone = inreach_jax.load_backbone(
-        common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
-    )
-    bank, config = inreach_jax.restore_bank(directory, backbone=backbone)
-    try:
-        calibration = inreach_jax.restore_calibration(directory)
-    except FileNotFoundError as error:
-        calibration = None
-        print(f"{error}: scores only", file=sys.stderr)
-    batch_size = common_flags.BATCH_SIZE.value if flags.FLAGS["batch_size"].present else 1
-    with _Output(workdir) as output:
-        try:
-            root = images if images.is_dir() else images.parent
+    with folder.Interruption() as interruption:
+        if _WATCH.value:
+            folder.list_folder(images, workdir=workdir)  # an error before any long work
+            rounds = watch(images, workdir=workdir, wait=lambda: _wait(interruption))
+        else:
+            rounds = iter([_list(images, workdir)])
+        backbone = inreach_jax.load_backbone(
+            common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
+        )
+        bank, config = inreach_jax.restore_bank(directory, backbone=backbone)
+        calibration = _calibration(directory)
+        batch_size = common_flags.BATCH_SIZE.value if flags.FLAGS["batch_size"].present else 1
+        root = images if images.is_dir() else images.parent
+        with _Output(workdir) as output:
             for paths, skipped in rounds:
                 for name, why in skipped:
                     output.error(name, why)
@@ -78,15 +90,21 @@ def main() -> None:
                     backbone, bank, items, config=config, batch_size=batch_size
                 ):
                     output.result(item, scores, config=config, calibration=calibration)
-        except KeyboardInterrupt:
-            print(f"interrupted after {output.num_scored} images", file=sys.stderr)
-            sys.exit(folder.INTERRUPTED)
-    if output.num_errors:
-        print(
-            f"{output.num_scored} images scored; {output.num_errors} could not be read",
-            file=sys.stderr,
-        )
-        sys.exit(SOME_UNREADABLE)
+                    interruption.check()
+    return output.num_scored, output.num_errors
+
+
+def _calibration(directory: pathlib.Path) -> inreach_jax.Calibration | None:
+    try:
+        return inreach_jax.restore_calibration(directory)
+    except FileNotFoundError as error:
+        print(f"{error}: scores only", file=sys.stderr)
+        return None
+
+
+def _wait(interruption: folder.Interruption) -> None:
+    time.sleep(_SECONDS)
+    interruption.check()
 
 
 Round = tuple[Sequence[pathlib.Path], Sequence[folder.Skipped]]
@@ -97,7 +115,7 @@ def watch(
     directory: pathlib.Path,
     *,
     workdir: pathlib.Path | None,
-    wait: Callable[[], object] = lambda: time.sleep(_SECONDS),
+    wait: Callable[[], object],
 ) -> Iterator[Round]:
     """What is added to a folder or changed in it, over and over.
 
