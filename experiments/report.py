@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
-_QUALITY = 85
+_QUALITY, _MAX_SIDE = 85, 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,5 +158,7 @@ def window(
 
 def _data_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=_QUALITY)
+    image = Image.fromarray(pixels)
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    image.save(buffer, format="JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,11 +4,13 @@ A threshold for a false-alarm rate needs the scores of good images, and nobody h
 good. What there is are the training images, each scored against the others; an unknown share of
 them is anomalous, so that their upper quantiles say little. But good ones are most of them, and the
 logarithms of their scores are close to normal (docs/benchmarks.md shows how close). So a mixture is
-fitted: good images, one normal distribution, and a wider one above it for the others. The share of
-the second is estimated with the rest, and tends to nothing where the scores do not ask for it.
+fitted by expectation maximisation: good images, one normal distribution, and a wider one above it
+for an unknown share of others; or the first alone, where the second does not make the scores much
+more likely.
 
 Anomalous images whose scores are like good ones' cannot be told from them: they widen the first
-distribution, and thresholds become cautious, with fewer false alarms than asked for.
+distribution, and thresholds become cautious, with fewer false alarms than asked for. The other way
+round, where a part of the good images scores far above the rest, it is taken for anomalous.
 
 Few images say little of a spread. Shares are therefore predictive ones, of Student's distribution:
 with three images, hardly any score is improbable.
@@ -34,6 +36,7 @@ _NUM_KNOTS = 129
 # three standard deviations above the good ones, and half as widely spread again.
 _PRIOR_ANOMALOUS, _PRIOR_GOOD = 1.0, 2.0
 _PRIOR_DISTANCE, _PRIOR_SPREAD = 3.0, 1.5
+_MORE_PARAMETERS = 3.0  # of the mixture; by Akaike's criterion it must be that much more likely
 _UPPER_QUARTILE = 0.6745  # of the standard normal distribution
 _STARTS = (0.02, 0.15, 0.3)
 _MAX_SHARE = 0.45
@@ -136,15 +139,24 @@ class _Normal:
 
 
 def _good_ones(x: np.ndarray) -> _Normal:
-    """The lower part of a mixture of two normal distributions, by expectation maximisation.
+    """The lower part of a mixture of two normal distributions, or the one that does as well.
 
     Args:
       x: [N] float64.
     """
+    alone = _Normal(
+        num=len(x),
+        mean=float(x.mean()),
+        spread=max(float(x.std()), _LEAST_SPREAD),
+        anomalous_share=0,
+    )
+    without = float(_log_normal(x, alone.mean, alone.spread).sum())
     mean = float(np.median(x))
     # The lower half alone: it is the least anomalous.
     spread = max((mean - float(np.quantile(x, 0.25))) / _UPPER_QUARTILE, _LEAST_SPREAD)
-    return max((_maximise(x, mean, spread, share) for share in _STARTS), key=lambda fit: fit[0])[1]
+    fits = [_maximise(x, mean, spread, share) for share in _STARTS]
+    likelihood, lower = max(fits, key=lambda fit: fit[0])
+    return lower if likelihood - without > _MORE_PARAMETERS else alone
 
 
 def _maximise(x: np.ndarray, mean: float, spread: float, share: float) -> tuple[float, _Normal]:

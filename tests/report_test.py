@@ -1,12 +1,15 @@
 """The report in a real browser: no network, no complaint, and its controls work."""
 
+import base64
 import html
+import io
 import pathlib
 import re
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import report
 from tests import browser
@@ -142,6 +145,12 @@ def test_the_slider(page: browser.Page) -> None:
     choose(page, "find", "", "input")
     assert len(shown(page)) == 5
     assert page.complaints == []
+
+
+def test_large_images_are_shown_smaller() -> None:
+    uri = report._data_uri(np.zeros((100, 2000, 3), np.uint8))
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert image.size == (512, 26)
 
 
 def test_odd_patches_lie_apart() -> None:
