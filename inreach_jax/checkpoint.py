@@ -103,7 +103,8 @@ def restore_bank(
     path = _bank_step(directory, step)
     manifest = _read_manifest(path, what="bank")
     config = _check_manifest(manifest, path=path, backbone=backbone)
-    arrays = _load(path, manifest, what="bank")
+    arrays = _read_arrays(path, manifest, what="bank")
+    _check_digest(arrays, manifest, path=path, what="bank")
     count = len(arrays["rows"])
     per_image = count // len(np.unique(arrays["image"])) if "span" in arrays else 0
     if manifest["per_image"] != per_image:
@@ -200,7 +201,8 @@ def restore_calibration(
             f"the calibration at {path} is of another bank than {bank_path}; its thresholds mean "
             "nothing for this one. Restore a copy or calibrate again"
         )
-    arrays = _load(path, manifest, what="calibration")
+    arrays = _read_arrays(path, manifest, what="calibration")
+    _check_digest(arrays, manifest, path=path, what="calibration")
     return Calibration(**{name: jnp.asarray(x) for name, x in arrays.items()})
 
 
@@ -231,11 +233,11 @@ def _read_manifest(path: pathlib.Path, *, what: str) -> Any:
         raise ValueError(f"the {what} at {path} has no readable manifest: {error}") from error
 
 
-def _load(path: pathlib.Path, manifest: Any, *, what: str) -> dict[str, np.ndarray]:
-    """The arrays of a step, which are those of its manifest.
+def _read_arrays(path: pathlib.Path, manifest: Any, *, what: str) -> dict[str, np.ndarray]:
+    """The arrays of a step.
 
     Raises:
-      ValueError: they are not.
+      ValueError: they cannot be read, or are not those of the manifest.
     """
     expected = manifest["arrays"]
     try:
@@ -246,17 +248,21 @@ def _load(path: pathlib.Path, manifest: Any, *, what: str) -> dict[str, np.ndarr
         actual = {name: _spec(x) for name, x in stored.items()}
         if actual != expected:
             raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
-        arrays = {name: np.asarray(x) for name, x in _orbax().load(path, stored).items()}
+        return {name: np.asarray(x) for name, x in _orbax().load(path, stored).items()}
     except Exception as error:
         raise ValueError(
             f"the {what} at {path} is damaged: {error}. Restore a copy or fit again"
         ) from error
+
+
+def _check_digest(
+    arrays: dict[str, np.ndarray], manifest: Any, *, path: pathlib.Path, what: str
+) -> None:
     if _digest(arrays) != manifest["digest"]:
         raise ValueError(
             f"the {what} at {path} is damaged: its content is not what was saved. Restore a copy "
             "or fit again"
         )
-    return arrays
 
 
 def _check_manifest(manifest: Any, *, path: pathlib.Path, backbone: Backbone) -> InReachConfig:
