@@ -5,8 +5,7 @@ good. What there is are the training images, each scored against the others; an 
 them is anomalous, so that their upper quantiles say little. But good ones are most of them, and the
 logarithms of their scores are close to normal (docs/benchmarks.md shows how close). So a mixture is
 fitted by expectation maximisation: good images, one normal distribution, and a wider one above it
-for an unknown share of others; or the first alone, where the second does not make the scores much
-more likely.
+for an unknown share of others, which tends to nothing where the scores do not ask for it.
 
 Anomalous images whose scores are like good ones' cannot be told from them: they widen the first
 distribution, and thresholds become cautious, with fewer false alarms than asked for. The other way
@@ -36,14 +35,13 @@ _NUM_KNOTS = 129
 # three standard deviations above the good ones, and half as widely spread again.
 _PRIOR_ANOMALOUS, _PRIOR_GOOD = 1.0, 2.0
 _PRIOR_DISTANCE, _PRIOR_SPREAD = 3.0, 1.5
-_MORE_PARAMETERS = 3.0  # of the mixture; by Akaike's criterion it must be that much more likely
 _UPPER_QUARTILE = 0.6745  # of the standard normal distribution
 _STARTS = (0.02, 0.15, 0.3)
 _MAX_SHARE = 0.45
 _STEPS, _SETTLED = 1000, 1e-7
 _LEAST_SPREAD = 1e-3  # of logarithms: scores that differ by less are equal
-_LEAST_SCORE = 1e-12
-_LEAST_SHARE = 1e-6
+_LEAST_SCORE = 1e-12  # of 0 there is no logarithm
+_LEAST_SHARE = 1e-6  # nor of this share
 
 
 def calibrate(image: np.ndarray, pixel: np.ndarray) -> Calibration:
@@ -68,8 +66,9 @@ def calibrate(image: np.ndarray, pixel: np.ndarray) -> Calibration:
                 f"{name} must be [N] scores of N >= {MIN_IMAGES} images, as many as image; got "
                 f"shape {x.shape}"
             )
-        if not np.isfinite(x).all() or x.min() < 0:
-            raise ValueError(f"{name} must be finite and >= 0; got {x[~(x >= 0)][:3]}")
+        bad = x[~(np.isfinite(x) & (x >= 0))]
+        if bad.size:
+            raise ValueError(f"{name} must be finite and >= 0; got {bad[:3]}")
     normal = {name: _good_ones(np.log(np.maximum(x, _LEAST_SCORE))) for name, x in scores.items()}
     # Dense at both ends, as the logarithm is what is interpolated.
     logit = math.log(MIN_SHARE / (1 - MIN_SHARE)) * np.linspace(-1, 1, _NUM_KNOTS)
@@ -139,24 +138,16 @@ class _Normal:
 
 
 def _good_ones(x: np.ndarray) -> _Normal:
-    """The lower part of a mixture of two normal distributions, or the one that does as well.
+    """The lower part of a mixture of two normal distributions, by expectation maximisation.
 
     Args:
       x: [N] float64.
     """
-    alone = _Normal(
-        num=len(x),
-        mean=float(x.mean()),
-        spread=max(float(x.std()), _LEAST_SPREAD),
-        anomalous_share=0,
-    )
-    without = float(_log_normal(x, alone.mean, alone.spread).sum())
     mean = float(np.median(x))
     # The lower half alone: it is the least anomalous.
     spread = max((mean - float(np.quantile(x, 0.25))) / _UPPER_QUARTILE, _LEAST_SPREAD)
     fits = [_maximise(x, mean, spread, share) for share in _STARTS]
-    likelihood, lower = max(fits, key=lambda fit: fit[0])
-    return lower if likelihood - without > _MORE_PARAMETERS else alone
+    return max(fits, key=lambda fit: fit[0])[1]
 
 
 def _maximise(x: np.ndarray, mean: float, spread: float, share: float) -> tuple[float, _Normal]:
