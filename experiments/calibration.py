@@ -19,7 +19,7 @@ Writes `results.json` and `table.md`, and prints the table. Expected: docs/bench
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def all_distances(
-    descriptors: inreach_jax.DescriptorSet, *, progress: inreach_jax.pipeline.Progress
+    descriptors: inreach_jax.DescriptorSet, *, progress: Callable[[str, int, int | None], None]
 ) -> np.ndarray:
     """Squared distance of each patch to the nearest patch of every other image.
 
