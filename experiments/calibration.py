@@ -313,7 +313,7 @@ def _pools() -> list[Pool]:
         common_flags.required(common_flags.DATA_DIR), common_flags.CATEGORY.value
     )
     odd = np.flatnonzero(dataset.test.anomalous)
-    spread = np.linspace(0, len(odd) - 1, min(len(odd), _NUM_ODD)).round().astype(int)
+    spread = np.linspace(0, len(odd) - 1, min(len(odd), _NUM_ODD)).astype(int)
     splits = (
         dataset.train.select(range(min(len(dataset.train), _NUM_TRAIN))),
         dataset.test.select(np.flatnonzero(~dataset.test.anomalous).tolist()),
