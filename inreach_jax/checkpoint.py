@@ -1,8 +1,9 @@
-"""Banks, and the progress of fits, on disk: the only module that imports Orbax, when called.
+"""Banks, calibrations and fits' progress on disk: the only module that imports Orbax, when called.
 
 A bank directory holds numbered steps, `<directory>/0`, `<directory>/1`, ... Each save makes a new
 one, because Orbax's overwrite deletes the good checkpoint before it writes the other. A step has
-the arrays, without padding, and a manifest that restoring checks in full.
+the arrays, without padding, and a manifest that restoring checks in full. A step's calibration,
+if it has one, is in `<directory>/calibration/` under the same number, and knows its bank's digest.
 """
 
 import dataclasses
@@ -24,9 +25,10 @@ from inreach_jax import scoring, sharding
 from inreach_jax.backbones import Backbone
 from inreach_jax.bank import bank_capacity
 from inreach_jax.config import InReachConfig
-from inreach_jax.types import PER_ROW, NominalBank
+from inreach_jax.types import PER_ROW, Calibration, NominalBank
 
 FORMAT_VERSION = 3
+_CALIBRATION = "calibration"
 
 
 def save_bank(
@@ -122,37 +124,12 @@ def restore_bank(
         files are damaged.
     """
     directory = pathlib.Path(directory).absolute()
-    steps = _steps(directory)
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(
-            f"no bank at {directory}"
-            + (f" with step {step}; there are {steps}" if steps else "; save_bank makes one")
-        )
-    path = directory / str(steps[-1] if step is None else step)
-    try:
-        manifest = _orbax().metadata(path).custom_metadata
-    except Exception as error:  # Orbax raises many kinds
-        raise ValueError(f"the bank at {path} has no readable manifest: {error}") from error
+    path = _bank_step(directory, step)
+    manifest = _read_manifest(path, what="bank")
     config = _check_manifest(manifest, path=path, backbone=backbone)
-    expected, count = manifest["arrays"], manifest["counts"]["rows"]
-    try:
-        stored = _orbax().metadata(path).metadata
-        if stored is None:  # Orbax logs why
-            raise ValueError("its arrays cannot be read")
-        # What is stored is asked for: Orbax would cast silently to anything else.
-        actual = {name: _spec(x) for name, x in stored.items()}
-        if actual != expected:
-            raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
-        arrays = _content(_load(path, stored, mesh=None), count)
-    except Exception as error:
-        raise ValueError(
-            f"the bank at {path} is damaged: {error}. Restore a copy or fit again"
-        ) from error
-    if _digest(arrays) != manifest["digest"]:
-        raise ValueError(
-            f"the bank at {path} is damaged: its content is not what was saved. Restore a copy or "
-            "fit again"
-        )
+    count = manifest["counts"]["rows"]
+    arrays = _content(_read_arrays(path, manifest, what="bank"), count)
+    _check_digest(arrays, manifest, path=path, what="bank")
     num_images = len(np.unique(arrays["image"]))
     per_image = count // num_images if "span" in arrays else 0
     for name, found, said in (
@@ -174,6 +151,88 @@ def restore_bank(
     if mesh is None:
         return jax.tree.map(jnp.asarray, bank), config
     return scoring.shard_bank(bank, mesh=mesh), config
+
+
+def save_calibration(
+    directory: str | os.PathLike[str], calibration: Calibration, *, step: int | None = None
+) -> pathlib.Path:
+    """Saves a calibration beside the bank that it is of, in `<directory>/calibration/<step>`.
+
+    Args:
+      directory: Of the bank, as `save_bank` was given it.
+      calibration: From `calibration.calibrate`.
+      step: Which save of the bank; None for the latest.
+
+    Returns:
+      The path of the calibration.
+
+    Raises:
+      FileNotFoundError: there is no such bank.
+      ValueError: the calibration is not finite, or this save of the bank has one already.
+      OSError: the directory cannot be written.
+    """
+    bank_path = _bank_step(pathlib.Path(directory).absolute(), step)
+    arrays = {
+        field.name: np.asarray(getattr(calibration, field.name))
+        for field in dataclasses.fields(calibration)
+    }
+    if not all(np.isfinite(x).all() for x in arrays.values()):
+        raise ValueError("calibration has numbers that are not finite; it was not saved")
+    path = bank_path.parent / _CALIBRATION / bank_path.name
+    if path.exists():
+        raise ValueError(f"there is a calibration at {path} already; save the bank once more")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "bank_digest": _bank_digest(bank_path),
+        "arrays": {name: _spec(x) for name, x in arrays.items()},
+        "digest": _digest(arrays),
+    }
+    path.parent.mkdir(exist_ok=True)
+    _orbax().save(path, arrays, custom_metadata=manifest)
+    return path
+
+
+def restore_calibration(
+    directory: str | os.PathLike[str], *, step: int | None = None
+) -> Calibration:
+    """Restores what `save_calibration` saved.
+
+    Args:
+      directory: Of the bank.
+      step: Which save of the bank; None for the latest.
+
+    Returns:
+      The calibration.
+
+    Raises:
+      FileNotFoundError: there is no such bank, or it has no calibration.
+      ValueError: it was made by another version or for another bank, or the files are damaged.
+    """
+    bank_path = _bank_step(pathlib.Path(directory).absolute(), step)
+    path = bank_path.parent / _CALIBRATION / bank_path.name
+    if not path.is_dir():
+        raise FileNotFoundError(f"the bank at {bank_path} has no calibration at {path}")
+    manifest = _read_manifest(path, what="calibration")
+    fields = {field.name for field in dataclasses.fields(Calibration)}
+    wanted = {"format_version", "bank_digest", "arrays", "digest"}
+    if (
+        not isinstance(manifest, dict)
+        or wanted - set(manifest)
+        or manifest["format_version"] != FORMAT_VERSION
+        or set(manifest["arrays"]) != fields
+    ):
+        raise ValueError(
+            f"the calibration at {path} is damaged or of another version. Restore a copy or "
+            "calibrate again"
+        )
+    if manifest["bank_digest"] != _bank_digest(bank_path):
+        raise ValueError(
+            f"the calibration at {path} is of another bank than {bank_path}; its thresholds mean "
+            "nothing for this one. Restore a copy or calibrate again"
+        )
+    arrays = _read_arrays(path, manifest, what="calibration")
+    _check_digest(arrays, manifest, path=path, what="calibration")
+    return Calibration(**{name: jnp.asarray(x) for name, x in arrays.items()})
 
 
 class FitJournal:
@@ -299,6 +358,65 @@ class FitJournal:
             raise ValueError(
                 f"the progress at {path} is damaged: {error}. Delete {self._root} to start anew"
             ) from error
+
+
+def _bank_step(directory: pathlib.Path, step: int | None) -> pathlib.Path:
+    """The path of a save of a bank.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    steps = _steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"no bank at {directory}"
+            + (f" with step {step}; there are {steps}" if steps else "; save_bank makes one")
+        )
+    return directory / str(steps[-1] if step is None else step)
+
+
+def _bank_digest(path: pathlib.Path) -> Any:
+    manifest = _read_manifest(path, what="bank")
+    return manifest.get("digest") if isinstance(manifest, dict) else None
+
+
+def _read_manifest(path: pathlib.Path, *, what: str) -> Any:
+    try:
+        return _orbax().metadata(path).custom_metadata
+    except Exception as error:  # Orbax raises many kinds
+        raise ValueError(f"the {what} at {path} has no readable manifest: {error}") from error
+
+
+def _read_arrays(path: pathlib.Path, manifest: Any, *, what: str) -> dict[str, np.ndarray]:
+    """The arrays of a step.
+
+    Raises:
+      ValueError: they cannot be read, or are not those of the manifest.
+    """
+    expected = manifest["arrays"]
+    try:
+        stored = _orbax().metadata(path).metadata
+        if stored is None:  # Orbax logs why
+            raise ValueError("its arrays cannot be read")
+        # What is stored is asked for: Orbax would cast silently to anything else.
+        actual = {name: _spec(x) for name, x in stored.items()}
+        if actual != expected:
+            raise ValueError(f"arrays {actual} are not those of the manifest, {expected}")
+        return _load(path, stored, mesh=None)
+    except Exception as error:
+        raise ValueError(
+            f"the {what} at {path} is damaged: {error}. Restore a copy or fit again"
+        ) from error
+
+
+def _check_digest(
+    arrays: dict[str, np.ndarray], manifest: Any, *, path: pathlib.Path, what: str
+) -> None:
+    if _digest(arrays) != manifest["digest"]:
+        raise ValueError(
+            f"the {what} at {path} is damaged: its content is not what was saved. Restore a copy "
+            "or fit again"
+        )
 
 
 def _load(path: pathlib.Path, stored: Any, *, mesh: Mesh | None) -> dict[str, Any]:

@@ -104,3 +104,32 @@ class Scores:
     maps: jax.Array  # [B, h, w] float32, smoothed, pixel by pixel over the cropped image
     patches: jax.Array  # [B, Hp, Wp] float32, before smoothing, of the image as it was aligned
     nearest: jax.Array  # [B, Hp, Wp] int32, the bank row nearest to each patch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What scores mean: how many good images would have one as high.
+
+    Between knots, the logarithm of the share is linear in the score. An image's oddest pixel is the
+    maximum of its map.
+    """
+
+    image: jax.Array  # [K] float32, ascending scores of images
+    pixel: jax.Array  # [K] float32, ascending scores of images' oddest pixels
+    log_share: jax.Array  # [K] float32, of good images at or above either, <= 0, descending
+    anomalous_share: jax.Array  # [] float32, of the images that it was made from, as estimated
+    num_images: jax.Array  # [] int32, that it was made from
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PValues:
+    """Scores as shares of good images, in (0, 1): low is odd.
+
+    A pixel's is the share of good images that have a pixel as odd *anywhere*: in a good image,
+    nearly all of them are close to 1.
+    """
+
+    image: jax.Array  # [B] float32
+    maps: jax.Array  # [B, h, w] float32

@@ -1,5 +1,6 @@
 """Decoding: every form of image that is accepted, and every one that is refused, by name."""
 
+import os
 import pathlib
 import struct
 import warnings
@@ -343,3 +344,109 @@ def test_decoding_bytes_is_reading_the_file(tmp_path: pathlib.Path) -> None:
         files.decode_image(b"", "set/a.png")
     with pytest.raises(ValueError, match=r"set/a\.png: truncated or damaged"):
         files.decode_mask(path.read_bytes()[:-30], "set/a.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_background_shows_through(tmp_path: pathlib.Path, mode: str) -> None:
+    if mode == "P":
+        image = Image.new("P", (6, 4))
+        image.putpalette([100, 100, 100, 7, 8, 9])
+        image.paste(1, (0, 0, 6, 1))
+        image.save(tmp_path / "a.png", transparency=1)
+    else:
+        pixels = np.full((4, 6, 4), 100, np.uint8)
+        pixels[..., 3] = 255
+        pixels[0, :, 3] = 0
+        Image.fromarray(pixels).convert(mode).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="transparent pixels"):
+        files.read_image(tmp_path / "a.png")
+    got = files.read_image(tmp_path / "a.png", background=200)
+    assert got.shape == (4, 6, 3)
+    np.testing.assert_array_equal(got[0, 0], [200] * 3)
+    np.testing.assert_array_equal(got[1:], 100)
+
+
+def test_half_transparent_pixels_are_mixed(tmp_path: pathlib.Path) -> None:
+    pixels = np.full((1, 1, 4), 128, np.uint8)
+    pixels[..., :3] = [255, 0, 100]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    got = files.read_image(tmp_path / "a.png", background=0)
+    np.testing.assert_allclose(got[0, 0].astype(int), [128, 0, 50], atol=1)
+
+
+def test_a_background_is_a_grey_level(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="background must be in"):
+        files.read_image(tmp_path / "a.png", background=256)
+
+
+class TestWalkImages:
+    """Names are made, not images: nothing is read."""
+
+    def touch(self, root: pathlib.Path, *names: str) -> None:
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+
+    def walk(self, root: pathlib.Path, **options: object) -> tuple[list[str], dict[str, str]]:
+        paths, passed = files.walk_images(root, **options)  # type: ignore[arg-type]
+        return (
+            [path.relative_to(root).as_posix() for path in paths],
+            {path.relative_to(root).as_posix(): why for path, why in passed},
+        )
+
+    def test_nested_and_sorted(self, tmp_path: pathlib.Path) -> None:
+        self.touch(
+            tmp_path,
+            *("b.PNG", "a/z.jpg", "a/b/c.tiff", "a.webp", ".hidden/x.png", ".x.png"),
+            *("notes.txt", "Thumbs.db", "__MACOSX/a.png", "raw.cr2", "a/movie.mp4"),
+        )
+        names, passed = self.walk(tmp_path)
+        assert names == ["a/b/c.tiff", "a/z.jpg", "a.webp", "b.PNG"]
+        assert set(passed) == {"raw.cr2", "a/movie.mp4"}
+        assert "not one of .bmp" in passed["raw.cr2"]
+
+    def test_links_are_followed_once(self, tmp_path: pathlib.Path) -> None:
+        root, outside = tmp_path / "root", tmp_path / "outside"
+        self.touch(root, "a/x.png")
+        self.touch(outside, "y.png")
+        (root / "a" / "up").symlink_to(root)
+        (root / "b").symlink_to(outside)
+        (root / "c").symlink_to(outside)
+        (root / "z.png").symlink_to(outside / "y.png")
+        names, passed = self.walk(root)
+        assert sorted(names) in (["a/x.png", f"{link}/y.png", "z.png"] for link in "bc")
+        assert set(passed) in ({"a/up", "b"}, {"a/up", "c"})
+        assert "listed already" in passed["a/up"]
+
+    def test_links_that_lead_nowhere(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+        (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+        names, passed = self.walk(tmp_path)
+        assert names == []
+        assert "No such file" in passed["gone.png"]
+        assert "symbolic links" in passed["loop.png"]
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: pathlib.Path) -> None:
+        os.mkfifo(tmp_path / "pipe.png")
+        (tmp_path / "folder.png").mkdir()
+        names, passed = self.walk(tmp_path)
+        assert (names, passed) == ([], {"pipe.png": "not a regular file"})
+
+    def test_folders_can_be_left_out(self, tmp_path: pathlib.Path) -> None:
+        self.touch(tmp_path, "a.png", "out/heatmaps/b.png")
+        names, passed = self.walk(tmp_path, exclude=[tmp_path / "out", tmp_path / "missing"])
+        assert (names, passed) == (["a.png"], {})
+
+    def test_ten_thousand(self, tmp_path: pathlib.Path) -> None:
+        for folder in range(10):
+            (tmp_path / f"{folder}").mkdir()
+            for i in range(1000):
+                os.close(os.open(tmp_path / f"{folder}" / f"{i:04d}.png", os.O_CREAT))
+        names, passed = self.walk(tmp_path)
+        assert len(names) == 10_000
+        assert names == sorted(names)
+        assert passed == {}
+
+    def test_a_folder_that_is_missing(self, tmp_path: pathlib.Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            files.walk_images(tmp_path / "none")

@@ -49,8 +49,11 @@ def test_flags_exist() -> None:
         ablation,
         benchmark,
         contamination,
+        folder,
+        inspect,
         mvtec,
         parity,
+        predict,
         prepare,
     )
 

@@ -8,6 +8,7 @@ from inreach_jax.datasets.files import (
     read_image,
     read_images,
     read_mask,
+    walk_images,
 )
 from inreach_jax.datasets.layouts import (
     LAYOUTS,
@@ -57,6 +58,7 @@ __all__ = [
     "read_images",
     "read_manifest",
     "read_mask",
+    "walk_images",
     "write_demo",
     "write_manifest",
 ]

@@ -9,6 +9,7 @@ import io
 import operator
 import os
 import pathlib
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ _CLUTTER_SUFFIXES = (".csv", ".htm", ".html", ".json", ".md", ".pdf", ".txt", ".
 _CLUTTER_FOLDERS = ("@eadir", "__macosx", "__pycache__")
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, *, background: int | None = None) -> np.ndarray:
     """Reads a PNG, JPEG, BMP, TIFF or WebP image.
 
     - Greyscale becomes three equal channels; palettes, CMYK and YCbCr become RGB. Embedded colour
@@ -40,11 +41,13 @@ def read_image(path: Path) -> np.ndarray:
     - 16 bits become 8: greyscale by round(value / 257), which takes the full range 0..65535 to
       0..255 (scale 10- or 12-bit data to 16 bits before saving them); colour by dropping the low
       byte, as Pillow does.
-    - An alpha channel is dropped if it is opaque, and refused otherwise: the colours below
-      transparent pixels are whatever the program that saved the file left there.
+    - An alpha channel is dropped if it is opaque, and otherwise refused unless there is a
+      background: the colours below transparent pixels are whatever the program that saved the file
+      left there.
 
     Args:
       path: The file.
+      background: Grey level in [0, 255] that shows through transparent pixels; None to refuse them.
 
     Returns:
       [H, W, 3] uint8 RGB.
@@ -52,10 +55,12 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
       OSError: the file cannot be opened.
       ValueError: it is empty, truncated or not an image in one of these formats, has several
-        frames, transparency, or values of unknown range (32-bit integers, floats), or is larger
-        than `PIL.Image.MAX_IMAGE_PIXELS`.
+        frames, transparency without a background, or values of unknown range (32-bit integers,
+        floats), or is larger than `PIL.Image.MAX_IMAGE_PIXELS`; or the background is no grey level.
     """
-    return _to_rgb(_decode(path))
+    if background is not None and not 0 <= background <= 255:
+        raise ValueError(f"background must be in [0, 255], or None; got {background}")
+    return _to_rgb(_decode(path, background=background))
 
 
 def read_mask(path: Path, *, classes: bool = False) -> np.ndarray:
@@ -200,6 +205,70 @@ def scan_images(directory: Path) -> tuple[tuple[pathlib.Path, ...], tuple[str, .
     return tuple(paths), tuple(problems)
 
 
+def walk_images(
+    directory: Path, *, exclude: Iterable[Path] = ()
+) -> tuple[tuple[pathlib.Path, ...], tuple[tuple[pathlib.Path, str], ...]]:
+    """The image files of a folder and of the folders in it, sorted, and what is passed over.
+
+    Links are followed, but no folder is entered twice, so that loops end. Hidden files and folders
+    and what `list_images` passes over are not mentioned.
+
+    Args:
+      directory: The folder.
+      exclude: Folders not to enter.
+
+    Returns:
+      Paths that begin with `directory`; and such paths with the reason why they are not among them.
+
+    Raises:
+      OSError: the folder does not exist or cannot be read. What cannot be read below it is told.
+    """
+    root = pathlib.Path(directory)
+    entered = {_identity(folder) for folder in exclude if os.path.exists(folder)}
+    entered.add(_identity(root))
+    paths: list[pathlib.Path] = []
+    passed: list[tuple[pathlib.Path, str]] = []
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            inside = sorted(folder.iterdir(), key=lambda path: path.name)
+        except OSError as error:
+            if folder == root:
+                raise
+            passed.append((folder, f"the folder cannot be read ({error.strerror})"))
+            continue
+        for path in inside:
+            name = path.name.lower()
+            if name.startswith("."):
+                continue
+            try:
+                status = path.stat()
+            except OSError as error:  # links that lead nowhere or to themselves
+                passed.append((path, f"it cannot be read ({error.strerror})"))
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                identity = (status.st_dev, status.st_ino)
+                if identity not in entered and name not in _CLUTTER_FOLDERS:
+                    entered.add(identity)
+                    waiting.append(path)
+                elif path.is_symlink():
+                    passed.append((path, "a link to a folder that is left out or listed already"))
+            elif not name.endswith(IMAGE_SUFFIXES):
+                if name not in _CLUTTER_NAMES and not name.endswith(_CLUTTER_SUFFIXES):
+                    passed.append((path, f"not one of {', '.join(IMAGE_SUFFIXES)}"))
+            elif not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                passed.append((path, "not a regular file"))
+            else:
+                paths.append(path)
+    return tuple(sorted(paths)), tuple(sorted(passed))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
 def subfolders(directory: Path) -> tuple[pathlib.Path, ...]:
     """The folders in a folder, sorted by name, hidden ones passed over.
 
@@ -339,7 +408,13 @@ class _UnusableError(Exception):
     """A sound file that does not hold what is needed."""
 
 
-def _decode(path: Path, data: bytes | None = None, *, indices: bool = False) -> np.ndarray:
+def _decode(
+    path: Path,
+    data: bytes | None = None,
+    *,
+    indices: bool = False,
+    background: int | None = None,
+) -> np.ndarray:
     """[H, W] or [H, W, 3] uint8, upright; or of any integers, where `indices` leaves them alone."""
     with _open(path, data) as opened:
         image = ImageOps.exif_transpose(opened)
@@ -358,7 +433,10 @@ def _decode(path: Path, data: bytes | None = None, *, indices: bool = False) -> 
         if image.has_transparency_data:
             image = image.convert("RGBA")
             lowest, _ = image.getchannel("A").getextrema()
-            if lowest != 255:
+            if lowest != 255 and background is not None:
+                behind = Image.new("RGBA", image.size, (background,) * 3 + (255,))
+                image = Image.alpha_composite(behind, image)
+            elif lowest != 255:
                 raise _UnusableError(
                     "it has transparent pixels; flatten the image onto a background of your choice"
                 )
