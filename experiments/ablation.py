@@ -61,9 +61,6 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "squared distances": {"distance": "squared"},
     "contrast 0": {"image_contrast": 0.0},
     "contrast 1": {"image_contrast": 1.0},
-    "absolute distances": {"relative": 0.0},
-    "relative 0.25": {"relative": 0.25},
-    "relative 0.75": {"relative": 0.75},
     "smoothing 8": {"smoothing_sigma": 8.0},
     "smoothing 13": {"smoothing_sigma": 13.0},
     "BatchNorm of each image": {"batch_norm": "image"},
@@ -77,7 +74,7 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
 # The share of the patches that is remembered, of 784 an image; a limit is in rows.
 _ROW_SHARES = (0.3, 0.1, 0.03)
 # A memory that is searched for the nearest patch, whose map's maximum is the image score.
-_PLAIN: Mapping[str, Any] = {"spread_growth": 1e-9, "image_contrast": 0.0, "relative": 0.0}
+_PLAIN: Mapping[str, Any] = {"spread_growth": 1e-9, "image_contrast": 0.0}
 _CHANNEL_CHOICES: Mapping[str, Mapping[str, Any]] = {
     "20 seeds": {"num_seeds": 20},
     "40 seeds": {"num_seeds": 40},
@@ -114,7 +111,6 @@ def variants(*, num_patches: int) -> dict[str, sweep.Method]:
     plain = default.replace(**_PLAIN)
     contrast = plain.replace(image_contrast=default.image_contrast)
     span = plain.replace(spread_growth=default.spread_growth)
-    relative = span.replace(relative=default.relative)
     return made | {
         "default: all realizations count": sweep.Method(config=default, memory="unskipped"),
         "default: published image score": sweep.Method(
@@ -124,7 +120,6 @@ def variants(*, num_patches: int) -> dict[str, sweep.Method]:
         "plain + span": sweep.Method(config=span, memory="unskipped"),
         "plain + same realization skipped": sweep.Method(config=plain),
         "plain + contrast": sweep.Method(config=contrast, memory="full"),
-        "plain + span, relative": sweep.Method(config=relative, memory="unskipped"),
     }
 
 

@@ -262,8 +262,7 @@ def _score(
     config: inreach_jax.InReachConfig,
 ) -> tuple[jax.Array, jax.Array]:
     value, row = support.spread_at(each, jnp.zeros(each.shape, jnp.int32), span=span)
-    # Not relative: how isolated patches are would have to be measured anew for each draw.
-    scores = scoring.scores_of_patches(value[None], row[None], None, grid=grid, config=config)
+    scores = scoring.scores_of_patches(value[None], row[None], grid=grid, config=config)
     return scores.image[0], jnp.max(scores.maps)
 
 

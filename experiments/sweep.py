@@ -415,7 +415,7 @@ def _fit_together(
         if config not in fitted:
             bank = inreach_jax.fit_descriptors(train, config=config, progress=progress)
             for first in list(fitted.values())[:1]:
-                bank = dataclasses.replace(first, span=bank.span, isolation=bank.isolation)
+                bank = dataclasses.replace(first, span=bank.span)
             fitted[config] = bank
     return [fitted[_fitted(method)] for method in methods]
 
@@ -431,43 +431,31 @@ def _score_together(
 ) -> list[Result]:
     """Scores for banks of the same rows, of all patches, and for the bounds that they imply."""
     bank = banks[0]
-    # A rule is a span, the share of `support.spread_at` and which seeds tell the scale: what the
-    # spreads of methods depend on, of each of which there is one.
+    # A rule is a span and the share of `support.spread_at`, each looked at once.
     rules = [
         (
             int(np.asarray(of_method.span)),
             0.0 if method.memory == "unskipped" else support.SAME_REALIZATION,
-            method.config.num_seeds,
         )
         for method, of_method in zip(methods, banks, strict=True)
     ]
-    of_rule = dict(zip(rules, banks, strict=True))
-    distinct = list(of_rule)
-    span = np.array([span for span, _, _ in distinct], np.int32)
-    share = np.array([share for _, share, _ in distinct], np.float32)
-    # With a span of 1 there is none, and it has no effect.
-    isolation = np.stack(
-        [
-            np.ones(len(bank.image), np.float32) if isolation is None else np.asarray(isolation)
-            for isolation in (of_rule[rule].isolation for rule in distinct)
-        ]
-    )
+    distinct = sorted(set(rules))
+    span = np.array([span for span, _ in distinct], np.int32)
+    share = np.array([share for _, share in distinct], np.float32)
     # Whether each row may be a neighbour, for all and for the oracle.
     kept = np.ones((2, bank.rows.shape[0]), bool)
     kept[1] = good[np.asarray(bank.image), np.asarray(bank.patch)]
     kept = kept[: 1 + any(method.memory == "oracle" for method in methods)]
-    blocks: list[list[tuple[Any, ...]]] = [[] for _ in methods]
+    blocks: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in methods]
     for images, block in test.enumerate():
         index = np.arange(images.start, images.start + len(block), dtype=np.int32)
         spread, nearest = jax.device_get(
-            _search(bank, span, share, isolation, kept, block, exclude=index if leave_out else None)
+            _search(bank, span, share, kept, block, exclude=index if leave_out else None)
         )
         for method, rule, of_method in zip(methods, rules, blocks, strict=True):
             bound = method.memory in ("full", "oracle")
             i = int(method.memory == "oracle") if bound else distinct.index(rule)
-            of_method.append(
-                (*(x[i] for x in nearest), None) if bound else tuple(x[i] for x in spread)
-            )
+            of_method.append(tuple(x[i] for x in (nearest if bound else spread)))
         progress("scoring", images.stop, test.num_images)
     remembered = _select_rows(bank, kept[-1])
     return [
@@ -484,16 +472,14 @@ def _search(
     bank: inreach_jax.NominalBank,
     span: jax.Array,
     share: jax.Array,
-    isolation: jax.Array,
     kept: jax.Array,
     block: jax.Array,
     *,
     exclude: jax.Array | None,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """What rules make of a block, and its nearest rows of those kept, [V, M].
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """What rules, span and share [R], make of a block, and its nearest rows of those kept, [V, M].
 
-    A rule is a span, a share, both [R], and the isolation of the rows, [R, M]. Distances, rows and
-    scales, all [R, B, P], and distances and rows, [V, B, P].
+    Distances and rows, both [R, B, P] and [V, B, P].
     """
 
     def each(kept: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -501,19 +487,14 @@ def _search(
 
     value, row = jax.vmap(each)(kept)  # of which the products are the same, and computed once
 
-    def rule(
-        span: jax.Array, share: jax.Array, isolation: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        spread = support.spread_at(value[0], row[0], span=span, same_realization=share)
-        scale = support.local_scale(value[0], row[0], isolation=isolation, span=span)
-        return *spread, scale
+    def rule(span: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return support.spread_at(value[0], row[0], span=span, same_realization=share)
 
     shape = (-1, *block.shape[:2])
-    # The sorting is the same for all rules, and done once.
-    spread, of_spread, scale = jax.vmap(rule)(span, share, isolation)
+    spread, of_spread = jax.vmap(rule)(span, share)  # of which the sorting is the same
     nearest = jnp.min(value, axis=1).reshape(shape)
     return (
-        (spread.reshape(shape), of_spread.reshape(shape), scale.reshape(shape)),
+        (spread.reshape(shape), of_spread.reshape(shape)),
         (nearest, jnp.zeros(nearest.shape, jnp.int32)),
     )
 
@@ -548,24 +529,27 @@ def _run_peer(
         images.append(of_images)
         progress("scoring", sum(map(len, images)), test.num_images)
     # Distances of these are not squared.
-    blocks = [(np.square(x), np.zeros(x.shape, np.int32), None) for x in patches]
+    blocks = [(np.square(x), np.zeros(x.shape, np.int32)) for x in patches]
     scores = _finish(test, blocks, config=method.config)
     return memory.bank, dataclasses.replace(scores, image=jnp.asarray(np.concatenate(images)))
 
 
 def _finish(
     test: inreach_jax.DescriptorSet,
-    blocks: Sequence[tuple[Any, ...]],
+    blocks: Sequence[tuple[Any, Any]],
     *,
     config: inreach_jax.InReachConfig,
 ) -> inreach_jax.Scores:
-    """Maps and image scores of all images, from each block's distances, rows and scales if any."""
+    """Maps and image scores of all images, from each block's distances and rows."""
     every = []
     angles: Sequence[jax.Array | None] = test.angles or [None] * len(test.blocks)
-    for (images, _), found, turned_by in zip(test.enumerate(), blocks, angles, strict=True):
+    for (images, _), (value, nearest), turned_by in zip(
+        test.enumerate(), blocks, angles, strict=True
+    ):
         num = images.stop - images.start
         scores = _scores_of_patches(
-            *(None if x is None else x[:num] for x in found),
+            value[:num],
+            nearest[:num],
             grid=test.grid,
             config=config,
             angles=None if turned_by is None else turned_by[:num],

@@ -1,7 +1,6 @@
 """Nominal patches -> NominalBank."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +68,6 @@ def make_bank(
     *,
     multiplicity: np.ndarray,
     span: int | None = None,
-    isolation: np.ndarray | None = None,
     reference: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> NominalBank:
@@ -80,8 +78,6 @@ def make_bank(
       multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
       span: How many realizations must share a patch, in which case each image must have equally
         many rows, and the padding that of whole images; None where any row will do.
-      isolation: [count] float32 on the host, of each nominal patch, from `support.isolation`;
-        None where distances are not to be relative.
       reference: [h, w, 3] float32 that images were aligned to, if they were.
       mesh: Of one axis, that the rows are sharded over; None for one device.
 
@@ -109,14 +105,10 @@ def make_bank(
             )
     padding = (0, rows.shape[0] - count)
 
-    def per_row(x: np.ndarray, dtype: Any = np.int32) -> jax.Array:
-        padded: np.ndarray = np.pad(x.astype(dtype), padding)
+    def per_row(x: np.ndarray) -> jax.Array:
+        padded = np.pad(x.astype(np.int32), padding)
         return sharding.place(padded, mesh=mesh, spec=sharding.split(mesh))
 
-    of_rows = None
-    if isolation is not None:
-        usual = np.median(isolation)  # 0 where images are copies of one another
-        of_rows = per_row(isolation / (usual if usual > 0 else np.float32(1)), np.float32)
     of_count = sharding.place(np.int32(count), mesh=mesh)
     # Summed at the end on the host, in an order and a precision that no sharding changes.
     sums = sharding.fetch(_chunk_sums(rows, of_count, mesh=mesh))
@@ -130,7 +122,6 @@ def make_bank(
         multiplicity=per_row(multiplicity[image, patch]),
         count=of_count,
         span=None if span is None else sharding.place(np.int32(span), mesh=mesh),
-        isolation=of_rows,
         reference=reference,
         per_image=per_image,
     )

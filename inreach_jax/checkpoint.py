@@ -143,7 +143,7 @@ def restore_bank(
                 "copy or fit again"
             )
     padding = 0 if per_image else bank_capacity(count) - count
-    for name in set(PER_ROW) & arrays.keys():
+    for name in PER_ROW:
         x = arrays[name]
         arrays[name] = np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
     on_host: dict[str, Any] = {**arrays, "count": np.asarray(count, np.int32)}

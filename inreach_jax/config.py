@@ -58,8 +58,6 @@ class InReachConfig:
         which no radius exceeds sqrt(span - 1) times, so it wants a limit of about 2.
       max_channel_std: Members with r >= max_channel_std * scale are dropped.
       distance: "euclidean" or "squared" (published) distances to the bank make the map.
-      relative: With "all" and a span above 1, distances are divided by this power of what is usual
-        for patches of their kind (`support.local_scale`).
       image_contrast: The image score is the maximum of the map less this share of its mean:
         what is unlike the bank as a whole, by its pose or its light, is not a defect.
       upsampling: How patch scores become a map: "bilinear" (half-pixel) or "nearest" (released).
@@ -95,7 +93,6 @@ class InReachConfig:
     radius_filter: Literal["none", "std", "rms"] = "none"
     max_channel_std: float = 5.0
     distance: Literal["euclidean", "squared"] = "euclidean"
-    relative: float = 0.5
     image_contrast: float = 0.5
     upsampling: Literal["bilinear", "nearest"] = "bilinear"
     smoothing_sigma: float = 4.0
@@ -158,9 +155,8 @@ class InReachConfig:
             raise ValueError(f"mask_threshold must be in [1, 255]; got {self.mask_threshold}")
         if self.spread_growth == 0:
             raise ValueError("spread_growth must be above 0: no span keeps the spread as it is")
-        for name in ("image_contrast", "relative"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}")
+        if self.image_contrast > 1:
+            raise ValueError(f"image_contrast must be in [0, 1]; got {self.image_contrast}")
         if self.max_channel_std == 0 and self.radius_filter != "none":
             raise ValueError("max_channel_std 0 drops every member; set it above 0")
 
@@ -201,7 +197,7 @@ FEATURE_OPTIONS = (
 
 
 SCORE_OPTIONS = (
-    *("distance", "relative", "image_contrast", "upsampling", "smoothing_sigma"),
+    *("distance", "image_contrast", "upsampling", "smoothing_sigma"),
     *("mask_threshold", "recall"),
 )
 """The options that concern what comes after the bank."""
@@ -216,7 +212,6 @@ _CHANNELS: dict[str, Any] = {
     "num_seeds": 10,
     "distance": "squared",
     "image_contrast": 0.0,
-    "relative": 0.0,
 }
 _PUBLISHED: dict[str, Any] = {
     **_CHANNELS,

@@ -432,23 +432,10 @@ def _fit_all(
     shards = sharding.num_shards(mesh)
     capacity = -(-num_images // shards) * shards * per_image
     rows = collector.finish(capacity=capacity, where=where, patches=source.keep)
-    isolation = None
-    if span > 1:  # otherwise nothing asks for it
-        isolation = _isolate(
-            rows,
-            of_seeds,
-            seed_index,
-            num_images=num_images,
-            per_image=per_image,
-            size=size,
-            mesh=mesh,
-            progress=progress,
-        )
     bank = bank_lib.make_bank(
         rows,
         multiplicity=kept,
         span=span,
-        isolation=isolation,
         reference=source.reference,
         mesh=mesh,
     )
@@ -604,40 +591,6 @@ def _seed_growth(
         spreads.append(jax.device_get(_seed_distances(seeds, index, of_block, mesh=mesh)))
         progress("association", min(start + size, num), num)
     return float(jax.device_get(_growth_exponent(jax.device_put(np.concatenate(spreads)[:num]))))
-
-
-def _isolate(
-    rows: jax.Array,
-    seeds: jax.Array,
-    seed_index: np.ndarray,
-    *,
-    num_images: int,
-    per_image: int,
-    size: int,
-    mesh: Mesh | None,
-    progress: Progress,
-) -> np.ndarray:
-    """[N * per_image] float32 on the host: how isolated each row of the bank is."""
-    shards = sharding.num_shards(mesh)
-    of_shard = rows.shape[0] // per_image // shards
-    step = min(size // shards, of_shard)
-    index = sharding.place(seed_index, mesh=mesh)
-    found = np.zeros((shards, of_shard, per_image), np.float32)
-    for i in range(-(-of_shard // step)):
-        start = min(i * step, of_shard - step)  # the last one overlaps the one before
-        isolation = _isolation(
-            rows,
-            seeds,
-            index,
-            sharding.place(np.int32(start), mesh=mesh),
-            per_image=per_image,
-            step=step,
-            mesh=mesh,
-        )
-        of_step = jax.device_get(isolation).reshape(shards, step, per_image)
-        found[:, start : start + step] = of_step
-        progress("bank", min((start + step) * shards, num_images), num_images)
-    return found.reshape(-1)[: num_images * per_image]
 
 
 def _associate_all(
@@ -835,39 +788,6 @@ def _seed_distances(
         out_specs=split,
     )(seeds, seed_index, which)
     return sharding.replicate(distances, mesh=mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("per_image", "step", "mesh"))
-def _isolation(
-    rows: jax.Array,
-    seeds: jax.Array,
-    seed_index: jax.Array,
-    start: jax.Array,
-    *,
-    per_image: int,
-    step: int,
-    mesh: Mesh | None,
-) -> jax.Array:
-    """[shards * step, per_image] on every device: of `step` images of each shard."""
-    axes, whole, split = sharding.mesh_axes(mesh), sharding.whole(), sharding.split(mesh)
-
-    def of_shard(
-        rows: jax.Array, seeds: jax.Array, seed_index: jax.Array, start: jax.Array
-    ) -> jax.Array:
-        images = rows.reshape(-1, per_image, rows.shape[1])
-        first = sharding.first_row(len(images), axes) + start
-        distances = support.seed_distances(
-            seeds,
-            lax.dynamic_slice_in_dim(images, start, step),
-            seed_index=seed_index,
-            image_index=first + jnp.arange(step, dtype=jnp.int32),
-        )
-        return support.isolation(distances)
-
-    isolation = sharding.shard_map(
-        of_shard, mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=split
-    )(rows, seeds, seed_index, start)
-    return sharding.replicate(isolation, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)

@@ -120,12 +120,12 @@ def score_crops(
 
     def search(
         descriptors: jax.Array, grid: tuple[int, int], patches: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array]:
         if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
             where = descriptors_lib.position(grid, weight=config.position_weight)
             where = where if patches is None else jnp.take(where, patches, axis=0)
             descriptors = descriptors_lib.append_position(descriptors, where)
-        return scoring.search(bank, descriptors, exclude=exclude, axes=axes)
+        return scoring.score_patches(bank, descriptors, exclude=exclude, axes=axes)
 
     if config.tile is None:
         descriptors, grid = describe(crops)

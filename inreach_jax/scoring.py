@@ -52,60 +52,23 @@ def score_patches(
     Raises:
       ValueError: D differs between the bank and the descriptors, or `exclude` is not [B].
     """
-    value, row, _ = search(
-        bank, descriptors, exclude=exclude, axes=axes, tile=tile, precision=precision
-    )
-    return value, row
-
-
-def search(
-    bank: NominalBank,
-    descriptors: jax.Array,
-    *,
-    exclude: jax.Array | None = None,
-    axes: sharding.Axes = (),
-    tile: int = distances.DEFAULT_TILE,
-    precision: lax.Precision = lax.Precision.HIGHEST,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What `score_patches` gives, and the local scale where the bank tells it.
-
-    Args:
-      bank: As for `score_patches`.
-      descriptors: Likewise.
-      exclude: Likewise.
-      axes: Likewise.
-      tile: Likewise.
-      precision: Likewise.
-
-    Returns:
-      Squared distances [B, P] float32, the rows' indices [B, P] int32, and [B, P] float32 of
-      `support.local_scale`, or None where the bank has no isolation.
-
-    Raises:
-      ValueError: as `score_patches`.
-    """
     _check_descriptors(bank, descriptors, exclude)
     shape = descriptors.shape[:2]
     if bank.span is not None:
-        span = jnp.asarray(bank.span)
-        isolation = None if bank.isolation is None else sharding.gather(bank.isolation, axes)
 
-        def of_chunk(chunk: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
+        def of_chunk(chunk: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
             each = image_distances(
                 bank, chunk[0], exclude=chunk[1], axes=axes, tile=tile, precision=precision
             )
-            spread = support.spread_at(*each, span=span)
-            if isolation is None:
-                return spread
-            return *spread, support.local_scale(*each, isolation=isolation, span=span)
+            return support.spread_at(*each, span=jnp.asarray(bank.span))
 
         size = span_chunk(bank, num_images=shape[0], num_patches=shape[1], axes=axes)
         chunks = jax.tree.map(
             lambda x: x.reshape(-1, size, *x.shape[1:]),
             (descriptors, exclude),
         )
-        value, row, *scale = (x.reshape(shape) for x in lax.map(of_chunk, chunks))
-        return value, row, scale[0] if scale else None
+        value, row = lax.map(of_chunk, chunks)
+        return value.reshape(shape), row.reshape(shape)
     labels = None
     if exclude is not None:
         labels = jnp.repeat(exclude, shape[1]), bank.image
@@ -118,7 +81,7 @@ def search(
         tile=tile,
         precision=precision,
     )
-    return value.reshape(shape), row.reshape(shape), None
+    return value.reshape(shape), row.reshape(shape)
 
 
 def span_chunk(
@@ -305,16 +268,15 @@ def score_descriptors(
     Returns:
       Scores of the B images.
     """
-    value, index, scale = search(
+    value, index = score_patches(
         bank, descriptors, exclude=exclude, axes=axes, tile=tile, precision=precision
     )
-    return scores_of_patches(value, index, scale, grid=grid, config=config, angles=angles)
+    return scores_of_patches(value, index, grid=grid, config=config, angles=angles)
 
 
 def scores_of_patches(
     sq_distance: jax.Array,
     nearest: jax.Array,
-    scale: jax.Array | None,
     *,
     grid: tuple[int, int],
     config: InReachConfig,
@@ -325,7 +287,6 @@ def scores_of_patches(
     Args:
       sq_distance: [B, Hp * Wp] float32, squared, as `score_patches` has it.
       nearest: [B, Hp * Wp] int32, likewise.
-      scale: [B, Hp * Wp] float32, of `support.local_scale`; None for the same everywhere.
       grid: (Hp, Wp).
       config: As for `score_descriptors`.
       angles: Likewise.
@@ -334,9 +295,6 @@ def scores_of_patches(
       Scores of the B images.
     """
     value = _root(sq_distance) if config.distance == "euclidean" else sq_distance
-    if scale is not None and config.relative > 0:
-        power = config.relative * (1 if config.distance == "euclidean" else 2)
-        value = value / scale**power
     shape = (value.shape[0], *grid)
     patches = value.reshape(shape)
     maps = make_maps(

@@ -35,9 +35,6 @@ SAME_REALIZATION = 1 / 3
 LIMIT_SHARE = 0.25
 """Of the training images: the span is at most that, as defects of a kind stand in fewer."""
 
-LEAST_SCALE = 0.1
-"""Of the usual isolation: a local scale is at least that, as copies of images have none."""
-
 HARD_SHARE = 0.1
 """Growth is measured on this share of the patches, the worst supported: they make image scores."""
 
@@ -69,22 +66,22 @@ def seed_distances(
 
     Args:
       seeds: [S, P, D] float32 descriptors.
-      images: [B, Q, D] float32 descriptors, of all patches or some.
+      images: [B, P, D] float32 descriptors.
       seed_index: [S] int32, which training images the seeds are.
       image_index: [B] int32, which training images the images are. An image is infinitely far from
         itself.
-      tile: Seed patches per product; tile * B * Q floats are needed beside the inputs.
+      tile: Seed patches per product; tile * B * P floats are needed beside the inputs.
       precision: Of the products.
 
     Returns:
-      [B, Q, S] float32, squared, ascending along S.
+      [B, P, S] float32, squared, ascending along S.
 
     Raises:
       ValueError: shapes do not fit together.
     """
-    if seeds.ndim != 3 or images.ndim != 3 or seeds.shape[2] != images.shape[2]:
+    if seeds.ndim != 3 or images.ndim != 3 or seeds.shape[1:] != images.shape[1:]:
         raise ValueError(
-            "seeds [S, P, D] and images [B, Q, D] must share D; got "
+            "seeds [S, P, D] and images [B, P, D] must share P and D; got "
             f"{seeds.shape} and {images.shape}"
         )
     for name, index, of in (("seed", seed_index, seeds), ("image", image_index, images)):
@@ -98,26 +95,6 @@ def seed_distances(
     sq_distance = sq_distance.reshape(seeds.shape[0], *images.shape[:2])
     itself = (seed_index[:, None] == image_index[None, :])[..., None]
     return jnp.sort(jnp.moveaxis(jnp.where(itself, jnp.inf, sq_distance), 0, -1), axis=-1)
-
-
-def isolation(sq_distance: jax.Array) -> jax.Array:
-    """How far patches of training images are from their nearest likeness in another image.
-
-    Args:
-      sq_distance: [..., S] float32, squared, ascending, as `seed_distances` has it, S >= 2.
-
-    Returns:
-      [...] float32, Euclidean; that of the second seed where the nearest is the same realization.
-
-    Raises:
-      ValueError: there are fewer than two seeds.
-    """
-    if sq_distance.shape[-1] < 2:
-        raise ValueError(f"isolation needs at least 2 seeds; got {sq_distance.shape[-1]}")
-    first, second = sq_distance[..., 0], sq_distance[..., 1]
-    # Of three images, one is the patch's own and infinitely far.
-    same = (first < SAME_REALIZATION**2 * second) & jnp.isfinite(second)
-    return jnp.sqrt(jnp.where(same, second, first))
 
 
 def growth_exponent(sq_distance: jax.Array) -> jax.Array:
@@ -180,32 +157,6 @@ def choose_span(*, growth: float, tolerance: float, num_images: int) -> int:
     return max(1, int(np.exp(np.log1p(tolerance) / growth)))
 
 
-def local_scale(
-    sq_distance: jax.Array, row: jax.Array, *, isolation: jax.Array, span: jax.Array
-) -> jax.Array:
-    """How isolated the patches are that a patch resembles, relative to what is usual.
-
-    Patches of one kind lie closer together than those of another. A patch's kind is its nearest
-    patch in each of the images that come closest to it, as many as the largest span: the median of
-    their isolation is indifferent to the few of them that may be anomalous. A span of 1 says that
-    patches have few likes, so that most of these would be of other kinds: the scale is 1 then.
-
-    Args:
-      sq_distance: [N, Q] float32, as for `spread_at`.
-      row: [N, Q] int32, likewise.
-      isolation: [M] float32, of the rows, as the bank has it.
-      span: [] int32, likewise.
-
-    Returns:
-      [Q] float32, about 1, at least `LEAST_SCALE`.
-    """
-    _, image, first = _closest(sq_distance, same_realization=SAME_REALIZATION)
-    limit = span_limit(num_images=len(sq_distance))
-    image = jnp.take_along_axis(image, first[:, None] + jnp.arange(limit)[None, :], axis=1)
-    alike = isolation[jnp.take_along_axis(row.T, image, axis=1)]
-    return jnp.where(span > 1, jnp.maximum(jnp.median(alike, axis=1), LEAST_SCALE), 1)
-
-
 def spread_at(
     sq_distance: jax.Array,
     row: jax.Array,
@@ -225,8 +176,11 @@ def spread_at(
     Returns:
       [Q] float32, squared, and [Q] int32; the lowest image counts first on ties.
     """
-    negated, image, first = _closest(sq_distance, same_realization=same_realization)
-    last = (first + span - 1)[:, None]
+    limit = span_limit(num_images=len(sq_distance)) + 1
+    negated, image = lax.top_k(-sq_distance.T, limit)
+    # Squared like the distances. Where both are infinite there is nothing to skip.
+    same = negated[:, 0] > same_realization**2 * negated[:, 1]
+    last = jnp.where(same, span, span - 1)[:, None]
     image = jnp.take_along_axis(image, last, axis=1)
     spread = -jnp.take_along_axis(negated, last, axis=1)[:, 0]
     # NaN must show, wherever it ranks.
@@ -235,17 +189,3 @@ def spread_at(
         jnp.where(unknown, jnp.nan, spread),
         jnp.take_along_axis(row.T, image, axis=1)[:, 0],
     )
-
-
-def _closest(
-    sq_distance: jax.Array, *, same_realization: float | jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The images that come closest, one more than may count, and which is the first that does.
-
-    [Q, K] float32, distances squared and negated, [Q, K] int32, and [Q] int32, 0 or 1.
-    """
-    limit = span_limit(num_images=len(sq_distance)) + 1
-    negated, image = lax.top_k(-sq_distance.T, limit)
-    # Squared like the distances. Where both are infinite there is nothing to skip.
-    same = negated[:, 0] > same_realization**2 * negated[:, 1]
-    return negated, image, same.astype(jnp.int32)

@@ -71,8 +71,7 @@ class NominalBank:
     `rows + centre`. Each nominal patch stands once, in the order of (image, patch).
 
     With a span, a patch is as far from the bank as from the nearest row of its span-th nearest
-    image, and every image has equally many rows: see `inreach_jax.support`. Isolation has the
-    median of all rows as its unit.
+    image, and every image has equally many rows: see `inreach_jax.support`.
     """
 
     rows: jax.Array  # [M, D] float32, descriptors less `centre`
@@ -82,13 +81,12 @@ class NominalBank:
     multiplicity: jax.Array  # [M] int32, kept channels that hold the patch; with a span 1
     count: jax.Array  # [] int32, rows in use
     span: jax.Array | None = None  # [] int32, realizations that must share a patch; None: any row
-    isolation: jax.Array | None = None  # [M] float32, with a span: distance to the row's likeness
     reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are
     per_image: int = _static(0)  # [] int32, static: rows of each image where there is a span
 
 
-PER_ROW = ("rows", "image", "patch", "multiplicity", "isolation")
-"""The fields of a `NominalBank` that have an entry per row; the last may be None."""
+PER_ROW = ("rows", "image", "patch", "multiplicity")
+"""The fields of a `NominalBank` that have an entry per row."""
 
 
 @jax.tree_util.register_dataclass
@@ -96,8 +94,7 @@ PER_ROW = ("rows", "image", "patch", "multiplicity", "isolation")
 class Scores:
     """How anomalous images are, and where. Descriptor distances, >= 0, higher is odder.
 
-    Euclidean, or squared where `InReachConfig.distance` says so; over a power of what is usual for
-    patches of their kind where `InReachConfig.relative` does.
+    Euclidean, or squared where `InReachConfig.distance` says so.
     """
 
     image: jax.Array  # [B] float32

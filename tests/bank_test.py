@@ -98,15 +98,6 @@ def test_bank_of_all_patches() -> None:
     stored = x[np.asarray(bank.image), np.asarray(bank.patch)]
     np.testing.assert_array_equal(stored, rows)
     np.testing.assert_allclose(bank.rows + bank.centre[None], rows, rtol=1e-6)
-    # Isolation is that of the rows, over the median of all of them; copies have none.
-    isolation = np.arange(42, dtype=np.float32).reshape(6, 7)
-    isolation = isolation[kept > 0]
-    told = bank_lib.make_bank(rows, multiplicity=kept, span=1, isolation=isolation)
-    assert told.isolation is not None
-    np.testing.assert_allclose(told.isolation, isolation / np.median(isolation), rtol=1e-6)
-    copies = bank_lib.make_bank(rows, multiplicity=kept, span=1, isolation=0 * isolation)
-    np.testing.assert_array_equal(copies.isolation, np.zeros(12))
-    assert bank.isolation is None
     # All else is as without a span.
     without = bank_lib.make_bank(rows, multiplicity=kept)
     assert without.span is None

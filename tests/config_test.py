@@ -26,7 +26,7 @@ def _wrong_values(name: str) -> list[Any]:
     if hint is bool:
         return [*wrong, 0, 1, "yes"]
     if hint is float:
-        wrong += [1.01, 2] if name in ("image_contrast", "relative") else []
+        wrong += [1.01, 2] if name == "image_contrast" else []
         return [*wrong, -1, -1e-9, math.nan, math.inf, "4", True, (1.0,)]
     if name == "taps":
         return [*wrong, (), (-1, 2), (2, 1), (1, 1), (0.5,), (True,), 3, "123"]
@@ -63,12 +63,10 @@ def test_limits_themselves_are_allowed() -> None:
         min_channel_length=1,
         max_channel_std=0.0,
         image_contrast=0.0,
-        relative=0.0,
         smoothing_sigma=0.0,
         mask_threshold=255,
     )
     assert config.replace(image_contrast=1).image_contrast == 1.0
-    assert config.replace(relative=1).relative == 1.0
     assert config.replace(max_bank_rows=None).max_bank_rows is None
     assert config.mask_threshold == 255
     assert config.replace(mask_threshold=1).mask_threshold == 1
@@ -175,7 +173,6 @@ def test_presets_differ_by_these_options_only() -> None:
         "num_seeds": 10,
         "distance": "squared",
         "image_contrast": 0.0,
-        "relative": 0.0,
     }
     assert _difference(PRESETS["channels"], PRESETS["paper"]) == {
         "antialias": False,

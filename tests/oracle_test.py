@@ -362,16 +362,16 @@ def test_score_is_the_distance_to_the_last_image() -> None:
     ladders = np.sort(distance, axis=1)
     same = ladders[:, 0] < ladders[:, 1] / 9
     assert same[0, 1]
-    index, value, _ = oracle.score_by_images(test, rows, span=2)
+    index, value = oracle.score_by_images(test, rows, span=2)
     np.testing.assert_allclose(value, np.where(same, ladders[:, 2], ladders[:, 1]), rtol=1e-12)
     reached = ((test - rows.reshape(-1, 3)[index]) ** 2).sum(axis=-1)
     np.testing.assert_allclose(reached, value, rtol=1e-12)
 
-    index, value, _ = oracle.score_by_images(test, rows, span=1, leave_out=[3, None])
-    without, expected, _ = oracle.score_by_images(test, rows[[0, 1, 2, 4]], span=1)
+    index, value = oracle.score_by_images(test, rows, span=1, leave_out=[3, None])
+    without, expected = oracle.score_by_images(test, rows[[0, 1, 2, 4]], span=1)
     np.testing.assert_array_equal(value[0], expected[0])
     np.testing.assert_array_equal(index[0], np.where(without >= 12, without + 4, without)[0])
-    _, expected, _ = oracle.score_by_images(test, rows, span=1)
+    _, expected = oracle.score_by_images(test, rows, span=1)
     np.testing.assert_array_equal(value[1], expected[1])
 
 

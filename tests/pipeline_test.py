@@ -718,9 +718,8 @@ def all_score() -> Any:
     return inreach_jax.make_score_fn(tiny.backbone(), ALL)
 
 
-def expected_scores(value: np.ndarray, scale: np.ndarray, config: InReachConfig) -> Scores:
-    """By definition, from squared distances and local scales, both [T, P]."""
-    value = value / scale ** (2 * config.relative)
+def expected_scores(value: np.ndarray, config: InReachConfig) -> Scores:
+    """By definition, from squared distances [T, P]."""
     patches = (np.sqrt(value) if config.distance == "euclidean" else value).reshape(-1, 8, 8)
     maps = np.stack(
         [
@@ -762,21 +761,12 @@ def test_bank_of_all_patches_is_what_the_definitions_say(
     np.testing.assert_allclose(stored, described.reshape(stored.shape), rtol=1e-5, atol=1e-5)
 
     tested = inreach_jax.extract(backbone, unseen, config=config, batch_size=BATCH)
-    isolation = oracle.isolation(
-        oracle.seed_distances(described, seeds=seeds, images=range(NUM_ALL))
+    index, value = oracle.score_by_images(
+        np.asarray(tested.first(4), np.float64), described, span=expected_span
     )
-    isolation /= np.median(isolation)
-    if expected_span > 1:
-        np.testing.assert_allclose(bank.isolation, isolation.reshape(-1), rtol=1e-4)
-    else:
-        assert bank.isolation is None  # and nothing is divided
-    index, value, scale = oracle.score_by_images(
-        np.asarray(tested.first(4), np.float64), described, span=expected_span, isolation=isolation
-    )
-    assert (scale.min() < 0.9 < 1.1 < scale.max()) == (expected_span > 1)
     scores = score_all(backbone, bank, unseen, config=config)
     assert (scores.nearest.reshape(index.shape) == index).mean() > 0.98  # there are near ties
-    assert_close(scores, expected_scores(value, scale, config), rtol=1e-3)
+    assert_close(scores, expected_scores(value, config), rtol=1e-3)
 
 
 def test_seeds_of_a_bank_of_all_patches_are_spread(
@@ -840,10 +830,10 @@ def test_training_images_can_be_left_out_of_the_bank(
     count = int(bank.count)
     for i in (0, 5, NUM_ALL - 1):
         others = np.flatnonzero(np.asarray(bank.image[:count]) != i)
-        names = ("rows", "image", "patch", "multiplicity", "isolation")
+        names = ("rows", "image", "patch", "multiplicity")
         without = dataclasses.replace(
             bank,
-            **{name: x[others] for name in names if (x := getattr(bank, name)) is not None},
+            **{name: getattr(bank, name)[others] for name in names},
             count=jnp.asarray(len(others), jnp.int32),
         )
         expected = all_blocks(without, all_described.select([i]), config=config)
@@ -939,7 +929,7 @@ def test_progress_of_a_bank_of_all_patches(backbone: Backbone, all_train: np.nda
     every = [(done, NUM_ALL) for done in (3, 6, 9, 12, 13)]
     assert calls["features"] == every
     assert calls["association"] == [(3, 5), (5, 5)]  # of the seeds
-    assert calls["bank"] in (every, [(NUM_ALL, NUM_ALL)])  # with a span of 1 nothing is to be done
+    assert calls["bank"] == [(NUM_ALL, NUM_ALL)]
 
 
 def test_each_step_of_a_bank_of_all_patches_compiles_once(backbone: Backbone) -> None:
@@ -980,7 +970,7 @@ def test_score_fn_agrees_with_score_images_of_all_patches(
 def test_vmap_over_banks_of_all_patches(
     all_score: Any, backbone: Backbone, all_bank: NominalBank, unseen: np.ndarray
 ) -> None:
-    banks = [dataclasses.replace(all_bank, span=jnp.asarray(k, jnp.int32)) for k in (2, 3)]
+    banks = [dataclasses.replace(all_bank, span=jnp.asarray(k, jnp.int32)) for k in (1, 3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *banks)
     mapped = jax.jit(jax.vmap(all_score, in_axes=(None, 0, None)))(
         backbone.variables, stacked, unseen

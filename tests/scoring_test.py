@@ -155,7 +155,7 @@ def test_scores_of_whole_images(
     np.testing.assert_array_equal(out.nearest, expected)
 
     again = _scores_of_patches(
-        squared.astype(np.float32), expected.reshape(2, 12), None, grid=(3, 4), config=config
+        squared.astype(np.float32), expected.reshape(2, 12), grid=(3, 4), config=config
     )
     for name in ("image", "maps", "patches", "nearest"):
         np.testing.assert_allclose(getattr(again, name), getattr(out, name), rtol=1e-4)
@@ -171,7 +171,7 @@ def test_images_that_are_everywhere_equally_far(contrast: float) -> None:
     spot = flat.copy()
     spot[0, 5] += 4
     of_flat, of_spot, of_zero = (
-        _scores_of_patches(x, np.zeros(x.shape, np.int32), None, grid=(3, 4), config=config)
+        _scores_of_patches(x, np.zeros(x.shape, np.int32), grid=(3, 4), config=config)
         for x in (flat, spot, spot - 3)
     )
     np.testing.assert_allclose(of_flat.image, 3 * (1 - contrast), rtol=1e-5, atol=1e-5)
@@ -185,7 +185,7 @@ def test_contrast_does_not_depend_on_how_images_were_turned() -> None:
     patches = np.random.default_rng(0).uniform(1, 9, (2, 9)).astype(np.float32)
     index = np.zeros(patches.shape, np.int32)
     upright, turned = (
-        _scores_of_patches(patches, index, None, grid=(3, 3), config=config, angles=angles)
+        _scores_of_patches(patches, index, grid=(3, 3), config=config, angles=angles)
         for angles in (None, np.array([30.0, 117.0], np.float32))
     )
     np.testing.assert_array_equal(turned.image, upright.image)
@@ -223,7 +223,7 @@ def test_score_by_images_equals_the_oracle(span: int, offset: float) -> None:
         jnp.asarray(rows.reshape(-1, DIM)), multiplicity=np.ones((12, 4), np.int32), span=span
     )
     value, index = _score_patches(bank, test, tile=5)
-    expected_index, expected, _ = oracle.score_by_images(test, rows, span=span)
+    expected_index, expected = oracle.score_by_images(test, rows, span=span)
     assert value.dtype == jnp.float32
     assert index.dtype == jnp.int32
     np.testing.assert_array_equal(index, expected_index)
@@ -232,38 +232,6 @@ def test_score_by_images_equals_the_oracle(span: int, offset: float) -> None:
     assert (expected[:, :4] > nearest[:, :4]).all()  # not to where they stand
     assert (expected >= nearest).all()
     assert span > 1 or (expected == nearest).any()
-
-
-@pytest.mark.parametrize("span", [1, 2])
-@pytest.mark.parametrize("distance", ["euclidean", "squared"])
-def test_distances_are_relative_to_what_is_usual_for_their_kind(distance: Any, span: int) -> None:
-    rows, test = _training(), _shared()
-    isolation = np.random.default_rng(1).uniform(0.05, 3, (12, 4)).astype(np.float32)
-    bank = bank_lib.make_bank(
-        jnp.asarray(rows.reshape(-1, DIM)),
-        multiplicity=np.ones((12, 4), np.int32),
-        span=span,
-        isolation=isolation.reshape(-1),
-    )
-    config = InReachConfig(
-        resize=(8, 8), crop=(3, 4), upsampling="nearest", smoothing_sigma=0.0, distance=distance
-    )
-    _, squared, scale = oracle.score_by_images(
-        test, rows, span=span, isolation=isolation / np.median(isolation)
-    )
-    assert (scale == 1).all() == (span == 1)
-    for power in (0.0, 0.5, 1.0):
-        config = config.replace(relative=power)
-        out = _score_descriptors(bank, test, grid=(3, 4), config=config)
-        value = squared / scale ** (2 * power)
-        value = np.sqrt(value) if distance == "euclidean" else value
-        np.testing.assert_allclose(out.maps.reshape(value.shape), value, rtol=1e-5)
-        expected = value.max(axis=1) - 0.5 * value.mean(axis=1)
-        np.testing.assert_allclose(out.image, expected, rtol=1e-4)
-    told_nothing = dataclasses.replace(bank, isolation=None)
-    absolute = _score_descriptors(told_nothing, test, grid=(3, 4), config=config)
-    plain = _score_descriptors(bank, test, grid=(3, 4), config=config.replace(relative=0))
-    np.testing.assert_allclose(absolute.image, plain.image, rtol=1e-6)
 
 
 def test_score_by_one_image_is_that_of_the_nearest_row() -> None:
@@ -326,7 +294,7 @@ def test_an_image_can_be_left_out(span: int | None) -> None:
     assert (np.asarray(bank.image)[np.asarray(index)] != exclude[:, None]).all()
     assert (np.asarray(value) > 0).all()
     if span is not None:
-        expected_index, expected, _ = oracle.score_by_images(
+        expected_index, expected = oracle.score_by_images(
             images, images, span=span, leave_out=range(12)
         )
         np.testing.assert_array_equal(index, expected_index)
@@ -446,7 +414,7 @@ def test_gradient_by_images_is_that_of_the_last_distance() -> None:
         return jnp.sum(scoring.score_patches(changed, test)[0])
 
     of_rows, of_test = jax.jit(jax.grad(total, argnums=(0, 1)))(bank.rows, test)
-    index, _, _ = oracle.score_by_images(test, _training(), span=2)
+    index, _ = oracle.score_by_images(test, _training(), span=2)
     difference = 2 * (test - _training().reshape(-1, DIM)[index])
     expected = np.zeros(bank.rows.shape)
     np.add.at(expected, index, -difference)

@@ -1,6 +1,5 @@
 """Spans and spreads against float64, and what distances say of data of known dimension."""
 
-import functools
 from typing import Any
 
 import jax
@@ -118,12 +117,12 @@ def test_long_vectors_that_are_close_together() -> None:
     np.testing.assert_allclose(_ladders(x, range(5), range(5)), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("shapes", [((2, 3, 4), (2, 3, 5)),
+@pytest.mark.parametrize("shapes", [((2, 3, 4), (2, 3, 5)), ((2, 3, 4), (2, 4, 4)),
                                     ((3, 4), (2, 3, 4)), ((2, 3, 4), (3, 4))])  # fmt: skip
 def test_seeds_and_images_must_fit_together(shapes: Any) -> None:
     seeds, images = map(jnp.zeros, shapes)
     index = jnp.arange(2)
-    with pytest.raises(ValueError, match=r"must share D; got \(.*\) and \("):
+    with pytest.raises(ValueError, match=r"must share P and D; got \(.*\) and \("):
         support.seed_distances(seeds, images, seed_index=index, image_index=index)
 
 
@@ -135,47 +134,6 @@ def test_indices_must_fit_their_images(name: str, num: int) -> None:
             support.seed_distances(
                 jnp.zeros((2, 3, 4)), jnp.zeros((4, 3, 4)), **{**index, name: bad}
             )
-
-
-# Isolation and what is usual.
-
-
-def test_isolation_equals_the_oracle() -> None:
-    x = _descriptors()
-    x[4, 3] = x[2, 3] + 1e-3  # the same, seen again
-    ladders = np.sqrt(np.asarray(_ladders(x, SEEDS, range(NUM_IMAGES))))
-    actual = support.isolation(jnp.asarray(ladders**2))
-    assert actual.shape == (NUM_IMAGES, NUM_PATCHES)
-    np.testing.assert_allclose(actual, oracle.isolation(ladders), rtol=1e-5)
-    assert actual[4, 3] > 10 * ladders[4, 3, 0]  # to the next likeness
-    np.testing.assert_array_equal(support.isolation(jnp.array([1.0, np.inf])), 1.0)
-    with pytest.raises(ValueError, match="at least 2 seeds; got 1"):
-        support.isolation(jnp.ones((4, 1)))
-
-
-def test_local_scale_is_the_median_of_the_closest_images() -> None:
-    sq_distance = jnp.array([[4.0, 9.0], [1.0, 0.1], [9.0, 4.0], [2.0, 1.0]])
-    sq_distance = jnp.concatenate([sq_distance, jnp.full((4, 2), 99.0)])  # 8 images: 2 count
-    row = jnp.arange(16, dtype=jnp.int32).reshape(8, 2)
-    isolation = jnp.arange(16, dtype=jnp.float32) / 4
-    local_scale = functools.partial(support.local_scale, sq_distance, row)
-    scale = local_scale(isolation=isolation, span=jnp.int32(2))
-    # Rows 2 and 6 of the first patch; 7 and 5 of the second, whose nearest is the same realization.
-    np.testing.assert_allclose(scale, [4 / 4, 6 / 4])
-    none = local_scale(isolation=jnp.zeros(16), span=jnp.int32(2))
-    np.testing.assert_allclose(none, [support.LEAST_SCALE] * 2)
-    few_likes = local_scale(isolation=isolation, span=jnp.int32(1))
-    np.testing.assert_array_equal(few_likes, [1, 1])
-
-
-def test_a_few_odd_likenesses_do_not_change_what_is_usual() -> None:
-    sq_distance = jnp.arange(1.0, 13.0)[:, None]  # 12 images: 3 count
-    row = jnp.arange(12, dtype=jnp.int32)[:, None]
-    usual = jnp.ones(12)
-    for odd in range(2):
-        isolation = usual.at[odd].set(99.0)
-        scale = support.local_scale(sq_distance, row, isolation=isolation, span=jnp.int32(3))
-        np.testing.assert_allclose(scale, [1.0])
 
 
 # Growth.

@@ -33,7 +33,6 @@ from .patches import (
 from .support import (
     choose_span,
     growth_exponent,
-    isolation,
     score_by_images,
     seed_distances,
     span,
@@ -54,7 +53,6 @@ __all__ = [
     "gaussian",
     "growth_exponent",
     "is_positional",
-    "isolation",
     "members",
     "mutual_nearest",
     "nearest",

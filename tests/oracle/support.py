@@ -34,14 +34,6 @@ def seed_distances(
     return np.sort(out, axis=-1)
 
 
-def isolation(distance: npt.ArrayLike) -> Float:
-    """[...]: the first of each ladder [..., S], or the second if the first is the same."""
-    ladders = np.asarray(distance)
-    first, second = ladders[..., 0], ladders[..., 1]
-    same = (first < second / 3) & np.isfinite(second)
-    return np.where(same, second, first)
-
-
 def growth_exponent(distance: npt.ArrayLike) -> float:
     """The mean of g in d_k = d_1 * k^g over the worst supported tenth of the patches.
 
@@ -96,8 +88,7 @@ def score_by_images(
     *,
     span: int,
     leave_out: Sequence[int | None] | None = None,
-    isolation: npt.ArrayLike | None = None,
-) -> tuple[Int, Float, Float]:
+) -> tuple[Int, Float]:
     """Distances of patches to the last of the training images that share them.
 
     Args:
@@ -105,18 +96,13 @@ def score_by_images(
       rows: [N, R, D], those of each training image.
       span: k.
       leave_out: which training image does not count for each test image, if any.
-      isolation: [N, R], of the rows, over that of all patches; None for the same of all.
 
     Returns:
-      [T, P] image * R + row, [T, P] squared distance, and [T, P] the median isolation of the row
-      in each of the quarter of the images that come closest, the same realization not counted,
-      or 1 if k is 1.
+      [T, P] image * R + row, and [T, P] squared distance.
     """
-    isolation = np.ones(np.shape(rows)[:2]) if isolation is None else np.asarray(isolation)
-    closest = max(1, len(np.asarray(rows)) // 4)
     test, rows = np.asarray(test), np.asarray(rows)
     index = np.zeros(test.shape[:2], np.int64)
-    value, scale = np.zeros(test.shape[:2]), np.zeros(test.shape[:2])
+    value = np.zeros(test.shape[:2])
     for t, patches in enumerate(test):
         without = None if leave_out is None else leave_out[t]
         images = [n for n in range(len(rows)) if n != without]
@@ -126,8 +112,4 @@ def score_by_images(
             of_image, sq = found[last]
             index[t, p] = images[last] * rows.shape[1] + of_image[p]
             value[t, p] = sq[p]
-            ladder = [np.sqrt(sq[p]) for _, sq in found]
-            order = [spread_at(ladder, span=k) for k in range(1, closest + 1)]
-            alike = [isolation[images[n], found[n][0][p]] for n in order]
-            scale[t, p] = max(0.1, float(np.median(alike))) if span > 1 else 1
-    return index, value, scale
+    return index, value
