@@ -34,7 +34,6 @@ from absl import flags
 import inreach_jax
 from experiments import common_flags, folder, runner
 
-_BANK = flags.DEFINE_string("bank", None, "The folder of a bank that was saved.")
 _WATCH = flags.DEFINE_boolean("watch", False, "Go on for ever, with what is added to the folder.")
 
 SOME_UNREADABLE = 2
@@ -61,7 +60,7 @@ def _run() -> tuple[int, int]:
     Raises:
       KeyboardInterrupt: after the image at hand.
     """
-    directory = pathlib.Path(common_flags.required(_BANK)).expanduser()
+    directory = pathlib.Path(common_flags.required(common_flags.BANK)).expanduser()
     images = pathlib.Path(common_flags.required(folder.IMAGES)).expanduser()
     workdir = None
     if common_flags.WORKDIR.value:

@@ -1,9 +1,9 @@
 """What a fit and scoring cost on given hardware, and how this machine's time and memory grow.
 
-    python -m experiments.scaling --images=1000,10000 --hardware=tpu-v5e --chips=16
+    python -m experiments.scaling --num_images=1000,10000 --hardware=tpu-v5e --chips=16
     python -m experiments.scaling --measure=300,1000,3000 --workdir=OUT
 
-Without --measure: a table of predicted seconds and bytes for each of --images training images.
+Without --measure: a table of predicted seconds and bytes for each of --num_images training images.
 Floating-point operations and bytes of each step are XLA's own count for the compiled program, times
 how often it runs; what devices tell one another follows from the shapes. A step takes as long as
 the slower of its arithmetic and its memory traffic at the data sheet's rates, and its collectives
@@ -66,7 +66,7 @@ HARDWARE = {
     "tpu-v5p": Hardware(flops=459e12 / 6, bytes=2.77e12, memory=95e9, link=300e9),
 }
 
-_IMAGES = flags.DEFINE_list("images", ["300", "3000", "30000"], "Numbers of training images.")
+_IMAGES = flags.DEFINE_list("num_images", ["300", "3000", "30000"], "Numbers of training images.")
 _HARDWARE = flags.DEFINE_enum("hardware", "h100", sorted(HARDWARE), "What to predict for.")
 _CHIPS = flags.DEFINE_integer("chips", 1, "How many of them.", lower_bound=1)
 _MEASURE = flags.DEFINE_list("measure", [], "Numbers of images to fit here and now.")
@@ -267,7 +267,7 @@ def main() -> None:
         measure_one(_ONE.value)
         return
     if not _MEASURE.value:
-        predict(_numbers("images", _IMAGES.value))
+        predict(_numbers("num_images", _IMAGES.value))
         return
     numbers = _numbers("measure", _MEASURE.value)
     workdir = runner.make_workdir(common_flags.required(common_flags.WORKDIR))
