@@ -26,6 +26,7 @@ ORDER = (
     "channels",
     "support",
     "bank",
+    "reduction",
     "fitting",
     "scoring",
     "pipeline",
