@@ -312,11 +312,12 @@ def _remember(descriptors: DescriptorSet, chosen: np.ndarray, *, neighbours: int
     size, num_patches, dim = descriptors.blocks[0].shape
     capacity = bank_lib.bank_capacity(int(np.count_nonzero(chosen)))
     rows = jnp.zeros((capacity + size * num_patches, dim), jnp.float32)
-    count = jnp.zeros((), jnp.int32)
+    count = 0
     for images, block in descriptors.enumerate():
         of_block = np.zeros((size, num_patches), bool)
         of_block[: images.stop - images.start] = chosen[images]
-        rows, count = _append_rows(rows, count, block, of_block)
+        rows = _append_rows(rows, np.int32(count), block, of_block)
+        count += int(np.count_nonzero(of_block))
     bank = bank_lib.make_bank(
         rows[:capacity], multiplicity=chosen.astype(np.int32), reference=descriptors.reference
     )

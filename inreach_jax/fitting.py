@@ -484,7 +484,7 @@ class _Thinning:
         self.per_image = reduction.rows_per_image(**limit)
         self._start: np.ndarray | None = None
         if config.bank_reduction == "k_centre" and self.per_image < num_patches:
-            self._start = reduction.draw_starts(num_images, num_points=num_patches)
+            self._start = reduction.draw_starts(num=num_images, num_points=num_patches)
             self._kept = np.zeros((num_images, num_patches), bool)
         else:
             self._kept = reduction.thin(**limit)
@@ -556,7 +556,7 @@ def _keep_centres(
         _choose_rows(
             rows,
             sharding.place(np.int32(count), mesh=mesh),
-            sharding.place(reduction.draw_starts(1, num_points=count)[0], mesh=mesh),
+            sharding.place(reduction.draw_starts(num=1, num_points=count)[0], mesh=mesh),
             max_rows=max_rows,
             mesh=mesh,
         )

@@ -59,7 +59,7 @@ def thin(*, num_images: int, num_patches: int, max_rows: int | None) -> np.ndarr
     return kept
 
 
-def draw_starts(num: int, *, num_points: int) -> np.ndarray:
+def draw_starts(*, num: int, num_points: int) -> np.ndarray:
     """Where each of some greedy selections begins.
 
     Args:

@@ -77,7 +77,7 @@ def test_places_are_drawn_for_each_image() -> None:
 def test_k_centre_within_each_image() -> None:
     rng = np.random.default_rng(0)
     x = (7 + rng.standard_normal((5, 40, 3))).astype(np.float32)
-    start = reduction.draw_starts(5, num_points=40)
+    start = reduction.draw_starts(num=5, num_points=40)
     assert start.dtype == np.int32
     assert len(set(start.tolist())) > 1
     start[3] = -1  # of an image that only pads
@@ -346,7 +346,7 @@ def test_a_bank_keeps_its_limit(
 def test_k_centre_of_a_bank_of_all_patches(described: inreach_jax.DescriptorSet) -> None:
     bank = inreach_jax.fit_descriptors(described, config=CONFIGS["all, k_centre"])
     assert described.positional  # which the choice does not look at
-    start = reduction.draw_starts(NUM, num_points=tiny.NUM_PATCHES)
+    start = reduction.draw_starts(num=NUM, num_points=tiny.NUM_PATCHES)
     bare = np.concatenate([np.asarray(block) for block in described.blocks])[:NUM, :, :-2]
     expected = [
         image * tiny.NUM_PATCHES + patch
@@ -361,7 +361,7 @@ def test_k_centre_of_a_bank_of_channels(described: inreach_jax.DescriptorSet) ->
     bank = inreach_jax.fit_descriptors(described, config=config)
     whole = inreach_jax.fit_descriptors(described, config=config.replace(max_bank_rows=None))
     rows, count = used(whole)["rows"], int(whole.count)
-    (start,) = reduction.draw_starts(1, num_points=count)
+    (start,) = reduction.draw_starts(num=1, num_points=count)
     assert places(bank).tolist() == sorted(places(whole)[slow_greedy(rows, 151, start)])
 
 
