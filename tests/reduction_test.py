@@ -333,7 +333,9 @@ def test_a_bank_keeps_its_limit(
         if field == "rows":
             x, y = x + used(bank)["centre"], y + used(whole)["centre"]
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
-    # However it comes about: once more, from descriptors, by other devices and batches.
+    # However it comes about: once more, from descriptors, by other devices.
+    with jax.transfer_guard("disallow"):
+        assert_same_bank(inreach_jax.fit(backbone, train, config=config, batch_size=BATCH), bank)
     assert_same_bank(inreach_jax.fit_descriptors(described, config=config), bank)
     for devices in (4, 8):
         mesh = mesh_of(devices)
