@@ -959,12 +959,40 @@ def _reorder(
     *,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Rows by their place in `rows`, -1 for zeros, with position appended if there is any."""
-    ordered = jnp.take(rows, jnp.maximum(source, 0), axis=0)
-    if where is not None:
-        ordered = jnp.concatenate([ordered, jnp.take(where, patch, axis=0)], axis=1)
-    ordered = jnp.where(source[:, None] < 0, 0, ordered)
-    return sharding.constrain(ordered, mesh=mesh, spec=sharding.split(mesh))
+    """Rows by their place in `rows`, -1 for zeros, with position appended if there is any.
+
+    Each device in turn gets its part from all: they need not fit a single one.
+    """
+    axes, whole, split = sharding.mesh_axes(mesh), sharding.whole(), sharding.split(mesh)
+
+    def of_shard(
+        rows: jax.Array, source: jax.Array, patch: jax.Array, where: jax.Array | None
+    ) -> jax.Array:
+        size, shard = source.shape[0] // sharding.num_shards(mesh), sharding.first_row(1, axes)
+        first = sharding.first_row(rows.shape[0], axes)
+
+        def of_device(device: jax.Array, mine: jax.Array) -> jax.Array:
+            place = lax.dynamic_slice_in_dim(source, device * size, size) - first
+            here = (place >= 0) & (place < rows.shape[0])
+            part = jnp.take(rows, jnp.where(here, place, 0), axis=0)
+            part = sharding.total(jnp.where(here[:, None], part, 0), axes)
+            return jnp.where(device == shard, part, mine)
+
+        ordered = jnp.zeros_like(rows, shape=(size, rows.shape[1]))
+        ordered = lax.fori_loop(0, sharding.num_shards(mesh), of_device, ordered)
+        if where is None:
+            return ordered
+        of_row = jnp.take(where, lax.dynamic_slice_in_dim(patch, shard * size, size), axis=0)
+        used = lax.dynamic_slice_in_dim(source, shard * size, size) >= 0
+        return jnp.concatenate([ordered, jnp.where(used[:, None], of_row, 0)], axis=1)
+
+    ordered: jax.Array = sharding.shard_map(
+        of_shard,
+        mesh=mesh,
+        in_specs=(split, whole, whole, None if where is None else whole),
+        out_specs=split,
+    )(rows, source, patch, where)
+    return ordered
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)

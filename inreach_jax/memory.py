@@ -167,12 +167,12 @@ def plan(
     bank = bank_lib.bank_capacity(rows) * row
     gathered = bank_lib.bank_capacity(collected) * row
     items += [
-        # Gathered on each device, put in order, and centred.
+        # Gathered on each device, put in order, and centred; from other devices they come in parts.
         Item(
             what=f"rows of the bank, up to {collected}",
             phase="fit",
             place="device",
-            num_bytes=3 * gathered // shards + (gathered if shards > 1 else 0),
+            num_bytes=(3 if shards == 1 else 4) * gathered // shards,
             option="max_bank_rows" if collected == rows else "bank_reduction",
         ),
         Item(
