@@ -16,6 +16,7 @@ Each finished cell is kept in `OUT/cells/`; the same command continues after a k
 Expected of screw: docs/benchmarks.md and docs/reference.md.
 """
 
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,6 +83,11 @@ _CHANNEL_CHOICES: Mapping[str, Mapping[str, Any]] = {
     "channel length > 6": {"min_channel_length": 6},
     "rms filter at 1.5": {"radius_filter": "rms", "max_channel_std": 1.5},
 }
+# Banks of 30%, 10% and 3% of the rows that 60 images of screw leave without a limit.
+_SMALLER: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "default": (("random", "k_centre"), (14100, 4680, 1380)),
+    "channels": (("random", "k_centre", "channels"), (8400, 2800, 840)),
+}
 
 
 def variants(*, num_patches: int) -> dict[str, sweep.Method]:
@@ -100,6 +106,12 @@ def variants(*, num_patches: int) -> dict[str, sweep.Method]:
         named[f"default: {share:.0%} of the rows"] = default.replace(max_bank_rows=limit)
     for choice, changes in _CHANNEL_CHOICES.items():
         named[f"channels: {choice}"] = channels.replace(**changes)
+    for preset, (kinds, limits) in _SMALLER.items():
+        for kind, rows in itertools.product(kinds, limits):
+            named[f"{preset}: {rows} rows {kind}"] = presets[preset].replace(
+                max_bank_rows=rows,
+                bank_reduction=kind,
+            )
     for quirk, options in _QUIRKS.items():
         named[f"channels + {quirk}"] = channels.replace(
             **{name: getattr(official, name) for name in options}

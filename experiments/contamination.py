@@ -91,7 +91,11 @@ def methods(names: Sequence[str], config: inreach_jax.InReachConfig) -> dict[str
     if unknown or not names:
         raise ValueError(f"--methods: there is no {unknown}; there are {list(known)}")
     peer = config.replace(
-        nominal="all", distance="euclidean", image_contrast=0.0, smoothing_sigma=4.0
+        nominal="all",
+        bank_reduction="random",
+        distance="euclidean",
+        image_contrast=0.0,
+        smoothing_sigma=4.0,
     )
     made = {}
     for name in names:

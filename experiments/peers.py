@@ -20,15 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from inreach_jax import NominalBank, distances
+from inreach_jax import NominalBank, distances, reduction
 from inreach_jax import bank as bank_lib
 from inreach_jax.extraction import DescriptorSet
 
 NOBODY = -1
 """In `exclude`, for an image that no row of the memory comes from."""
 
-_CANDIDATES = 1024  # patches among which the next centres are sought before all are looked at again
-_CENTRES = 64  # that all patches are compared with at a time
 _POSITIONS = 16  # grid positions whose outlier factors are computed at a time
 _DENSITY_FLOOR = 1e-10  # added to mean distances, which are 0 among identical patches
 
@@ -172,75 +170,6 @@ def local_outlier_factor(points: jax.Array, *, neighbours: int) -> jax.Array:
     return jnp.mean(density[index], axis=1) / density
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def greedy_coreset(points: jax.Array, *, count: int, start: int | jax.Array = 0) -> jax.Array:
-    """Greedy k-centre selection: again and again the point farthest from those chosen.
-
-    Each centre is sought among the farthest points of the last look at all of them, which is where
-    it must be until the farthest of these is as close as the closest of them was: distances to what
-    is chosen only fall. Then all points are compared with the new centres at once, which costs a
-    matrix product instead of as many passes over the points. The selection is the plain one.
-
-    Args:
-      points: [M, D] float32, with a mean near 0 (see `distances`).
-      count: How many to choose, in [1, M].
-      start: Index of the first.
-
-    Returns:
-      [count] int32, indices in the order in which they were chosen; the lowest one on ties.
-
-    Raises:
-      ValueError: `count` is out of range.
-    """
-    num = points.shape[0]
-    if not 1 <= count <= num:
-        raise ValueError(f"count must be at least 1 and at most the {num} points; got {count}")
-    width = min(_CANDIDATES, num)
-
-    def grow(
-        state: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        chosen, found, distance = state
-        value, index = lax.top_k(distance, width)
-        limit = value[-1] if width < num else jnp.float32(-jnp.inf)
-        index = jnp.sort(index)  # so that the first of equals is the lowest
-        candidates = points[index]
-
-        def more(inner: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            _, n, near = inner
-            # top_k prefers the lowest index, so the first of a round is never in doubt.
-            return (n < count) & ((n == found) | (jnp.max(near) > limit))
-
-        def choose(
-            inner: tuple[jax.Array, jax.Array, jax.Array],
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            chosen, n, near = inner
-            best = jnp.argmax(near)
-            centre = candidates[best][None, :]
-            near = jnp.minimum(near, jnp.sum((candidates - centre) ** 2, axis=1))
-            return chosen.at[n].set(index[best]), n + 1, near.at[best].set(-jnp.inf)
-
-        chosen, now, _ = lax.while_loop(more, choose, (chosen, found, distance[index]))
-
-        def compare(i: jax.Array, distance: jax.Array) -> jax.Array:
-            first = found + i * _CENTRES
-            centres = points[lax.dynamic_slice_in_dim(chosen, first, _CENTRES)]
-            valid = first + jnp.arange(_CENTRES) < now
-            to_centres, _ = distances.nearest(points, centres, valid=valid)
-            return jnp.minimum(distance, to_centres)
-
-        distance = lax.fori_loop(0, -((found - now) // _CENTRES), compare, distance)
-        return chosen, now, distance.at[chosen].set(-jnp.inf)
-
-    first = jnp.asarray(start, jnp.int32)
-    # As long as any slice of centres may reach; what is not chosen yet repeats the first.
-    chosen = jnp.full(count + _CENTRES, first)
-    distance = distances.squared_distance(points, jnp.broadcast_to(points[first], points.shape))
-    state = chosen, jnp.int32(1), distance.at[first].set(-jnp.inf)
-    chosen, _, _ = lax.while_loop(lambda state: state[1] < count, grow, state)
-    return chosen[:count]
-
-
 def score(
     memory: Memory,
     descriptors: jax.Array,
@@ -372,7 +301,7 @@ def _coreset(
     flat = np.concatenate([np.asarray(block) for block in points])[kept]
     count = max(1, round(ratio * len(flat)))
     start = jax.random.randint(key_start, (), 0, len(flat))
-    index = greedy_coreset(jnp.asarray(flat - flat.mean(axis=0)), count=count, start=start)
+    index = _greedy_k_centre(jnp.asarray(flat), count=count, start=start)
     chosen = np.zeros(kept.shape, bool)
     chosen.reshape(-1)[np.flatnonzero(kept)[np.asarray(index)]] = True
     return chosen
@@ -408,6 +337,7 @@ def _check_neighbours(neighbours: int) -> None:
 
 
 _append_rows = jax.jit(bank_lib.append_rows, donate_argnums=0)
+_greedy_k_centre = jax.jit(reduction.greedy_k_centre, static_argnames="count")
 _score = jax.jit(score)
 
 

@@ -40,29 +40,6 @@ def append_rows(
     return jax.lax.dynamic_update_slice_in_dim(rows, jnp.take(flat, index, axis=0), count, axis=0)
 
 
-def thin(*, num_images: int, num_patches: int, max_rows: int | None) -> np.ndarray:
-    """Which patches to keep where all are nominal and there are too many.
-
-    Every image keeps equally many, at places drawn for each: drawn by a fixed seed, so that equal
-    sets have equal banks.
-
-    Args:
-      num_images: N.
-      num_patches: P.
-      max_rows: How many to keep at most; each image keeps one at least. None for all.
-
-    Returns:
-      [N, P] bool.
-    """
-    if max_rows is None or num_images * num_patches <= max_rows:
-        return np.ones((num_images, num_patches), bool)
-    rng, per_image = np.random.default_rng(0), max(1, max_rows // num_images)
-    kept = np.zeros((num_images, num_patches), bool)
-    for of_image in kept:  # one at a time: what is drawn is eight times as large as what is kept
-        of_image[:] = rng.random(num_patches).argsort() < per_image
-    return kept
-
-
 def make_bank(
     rows: jax.Array,
     *,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from inreach_jax import distances
 from inreach_jax.config import InReachConfig
-from inreach_jax.types import Channels, Members
+from inreach_jax.types import UNMATCHED, Channels, Members
 
 
 def channel_span(members: Members, *, num_channels: int) -> jax.Array:
@@ -147,6 +147,7 @@ def filter_channels(
         span=span,
         spread=spread,
         kept_span=jnp.where(kept, kept_span, 0),
+        kept_by=jnp.where(keep, members.channel, UNMATCHED),
         multiplicity=multiplicity,
     )
 

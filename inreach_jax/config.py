@@ -42,8 +42,12 @@ class InReachConfig:
         be shared by several images (`inreach_jax.support`).
       spread_growth: With "all", the share by which asking for more images to share a patch may
         make its channel wider. It decides how many are asked for.
-      max_bank_rows: Upper limit of the rows where all patches are nominal; more are thinned, each
-        image's alike. None for no limit.
+      max_bank_rows: Upper limit of the rows; of more nominal patches some are kept. With "all" each
+        image keeps equally many, and one at least. None for no limit.
+      bank_reduction: Which ones (`inreach_jax.reduction`). "random": drawn by a fixed seed;
+        "k_centre": again and again the one farthest from those kept, with "all" within each image,
+        without position; "channels", for nominal "channels" only: of each channel in turn. With
+        "k_centre" and nominal "channels" all nominal patches are gathered first, and must fit.
       num_seeds: S, the number of seed images. With "channels" the first ones of the training set,
         with "all" spread evenly over it, and at most all of it.
       pairs: "all" compares each image with every other seed image; "earlier" only with seeds that
@@ -85,6 +89,7 @@ class InReachConfig:
     nominal: Literal["channels", "all"] = "all"
     spread_growth: float = 0.1
     max_bank_rows: int | None = 120_000
+    bank_reduction: Literal["random", "k_centre", "channels"] = "random"
     num_seeds: int = 40
     pairs: Literal["all", "earlier"] = "all"
     veto: bool = False
@@ -146,6 +151,11 @@ class InReachConfig:
             raise ValueError(
                 f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize"
             )
+        if self.tile is not None and self.nominal == "all" and self.bank_reduction == "k_centre":
+            raise ValueError(
+                "with tile only the patches that the bank keeps are described, so that none can be "
+                "chosen by bank_reduction = 'k_centre'; use 'random', or no tile"
+            )
         if self.tile is not None and self.batch_norm == "image":
             raise ValueError(
                 "tile changes what batch_norm = 'image' computes, statistics of the whole image; "
@@ -157,6 +167,11 @@ class InReachConfig:
             raise ValueError("spread_growth must be above 0: no span keeps the spread as it is")
         if self.image_contrast > 1:
             raise ValueError(f"image_contrast must be in [0, 1]; got {self.image_contrast}")
+        if self.bank_reduction == "channels" and self.nominal != "channels":
+            raise ValueError(
+                "bank_reduction 'channels' needs nominal 'channels'; got nominal "
+                f"{self.nominal!r}: change it, or set bank_reduction to 'random' or 'k_centre'"
+            )
         if self.max_channel_std == 0 and self.radius_filter != "none":
             raise ValueError("max_channel_std 0 drops every member; set it above 0")
 
@@ -209,6 +224,7 @@ def _is_int(value: object) -> bool:
 
 _CHANNELS: dict[str, Any] = {
     "nominal": "channels",
+    "max_bank_rows": None,
     "num_seeds": 10,
     "distance": "squared",
     "image_contrast": 0.0,

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from inreach_jax import bank as bank_lib
 from inreach_jax import channels as channels_lib
-from inreach_jax import extraction, sharding, support
+from inreach_jax import extraction, reduction, sharding, support
 from inreach_jax.association import associate, select_members
 from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
@@ -203,6 +203,7 @@ class _KnownBlocks:
         self.mesh = descriptors.mesh
         self.reference = descriptors.reference
         self.size, self.num_patches, self.dim = descriptors.blocks[0].shape
+        self.bare_dim = self.dim - (2 if descriptors.positional else 0)
 
     def block(self, number: int) -> jax.Array:
         return self._blocks[number]
@@ -239,14 +240,14 @@ class _BareBlocks:
         # bank keeps are made then, and the span is measured on them; scores will be, too.
         self.keep: np.ndarray | None = None
         if config.tile is not None:
-            kept = bank_lib.thin(
+            kept = reduction.thin(
                 num_images=self.num_images,
                 num_patches=self.num_patches,
                 max_rows=config.max_bank_rows,
             )
             self.keep = np.nonzero(kept)[1].astype(np.int32).reshape(self.num_images, -1)
             self.num_patches = self.keep.shape[1]
-        self.dim = extraction.descriptor_dim(backbone, config)
+        self.dim = self.bare_dim = extraction.descriptor_dim(backbone, config)
 
     @property
     def reference(self) -> jax.Array | None:
@@ -287,23 +288,23 @@ class _BareBlocks:
 class _Collector:
     """Gathers the nominal rows of block after block, on each device those of its own images."""
 
-    def __init__(self, nominal: np.ndarray, *, size: int, dim: int, mesh: Mesh | None):
+    def __init__(
+        self, counts: np.ndarray, *, size: int, num_patches: int, dim: int, mesh: Mesh | None
+    ):
         """Allocates.
 
         Args:
-          nominal: [N, P] bool.
+          counts: [N] integers, nominal patches of each image.
           size: G, images per block.
+          num_patches: P.
           dim: D.
           mesh: That blocks are sharded over.
         """
-        num_images, num_patches = nominal.shape
-        shards, blocks = sharding.num_shards(mesh), -(-num_images // size)
-        padded = np.zeros((blocks * size, num_patches), bool)
-        padded[:num_images] = nominal
-        self._nominal = padded.reshape(blocks, size, num_patches)
-        # [blocks + 1, shards]: rows that each shard has before each block.
-        of_block = self._nominal.reshape(blocks, shards, -1).sum(axis=2)
-        self._before = np.concatenate([np.zeros((1, shards), int), of_block.cumsum(axis=0)])
+        shards = sharding.num_shards(mesh)
+        # [blocks, shards]: rows that each shard has of each block, and [blocks + 1, shards] before.
+        padded = sharding.pad_first(counts, multiple=size)
+        self._of_block = padded.reshape(-1, shards, size // shards).sum(axis=2)
+        self._before = np.concatenate([np.zeros((1, shards), int), self._of_block.cumsum(axis=0)])
         capacity = bank_lib.bank_capacity(int(self._before[-1].max()))
         room = size // shards * num_patches  # for a whole block behind what is there
         self._rows = sharding.join_shards(
@@ -313,16 +314,11 @@ class _Collector:
         self._mesh = mesh
         self._saved = 0
 
-    def add(self, number: int, block: jax.Array) -> None:
-        """Appends the nominal rows of a block, [G, P, D]."""
-        split = sharding.split(self._mesh)
-        self._rows = _append_rows(
-            self._rows,
-            sharding.place(self._before[number].astype(np.int32), mesh=self._mesh, spec=split),
-            block,
-            sharding.place(self._nominal[number], mesh=self._mesh, spec=split),
-            mesh=self._mesh,
-        )
+    def add(self, number: int, block: jax.Array, nominal: jax.Array) -> None:
+        """Appends the rows of a block, [G, P, D], that are nominal, [G, P] bool."""
+        before = self._before[number].astype(np.int32)
+        before = sharding.place(before, mesh=self._mesh, spec=sharding.split(self._mesh))
+        self._rows = _append_rows(self._rows, before, block, nominal, mesh=self._mesh)
 
     def added(self, done: int) -> dict[str, Any]:
         """What came since this was last asked, `done` blocks being there."""
@@ -344,11 +340,17 @@ class _Collector:
         self._rows = sharding.join_shards(shards, mesh=self._mesh)
 
     def finish(
-        self, *, capacity: int, where: jax.Array | None, patches: np.ndarray | None = None
+        self,
+        nominal: np.ndarray,
+        *,
+        capacity: int,
+        where: jax.Array | None,
+        patches: np.ndarray | None = None,
     ) -> jax.Array:
         """The rows in the order of (image, patch), on the devices in turn.
 
         Args:
+          nominal: [N, P] bool, the patches that they are of.
           capacity: Rows to make, the last ones zero; a multiple of the devices.
           where: [P, 2] float32 to append to each row by its patch, or None.
           patches: [N, K] int32, which patches those of the blocks are; None for all, in order.
@@ -356,18 +358,15 @@ class _Collector:
         Returns:
           [capacity, D or D + 2] float32. The collector is empty afterwards.
         """
-        shards = sharding.num_shards(self._mesh)
-        blocks, _, num_patches = self._nominal.shape
-        local = self._rows.shape[0] // shards
-        by_shard = self._nominal.reshape(blocks, shards, -1).sum(axis=2).tolist()
+        local = self._rows.shape[0] // sharding.num_shards(self._mesh)
         source = np.full(capacity, -1, np.int32)
         done = 0
-        for before, counts in zip(self._before.tolist(), by_shard, strict=False):
+        for before, counts in zip(self._before.tolist(), self._of_block.tolist(), strict=False):
             for shard, count in enumerate(counts):
                 first = shard * local + before[shard]
                 source[done : done + count] = np.arange(first, first + count)
                 done += count
-        image, patch = np.nonzero(self._nominal.reshape(-1, num_patches))
+        image, patch = np.nonzero(nominal)
         patch = patch.astype(np.int32) if patches is None else patches[image, patch]
         patch = np.pad(patch, (0, capacity - len(patch)))
         rows = _reorder(
@@ -391,13 +390,15 @@ def _fit_all(
     """The bank of all patches, and the span that the seeds show to be asked for."""
     num_images, size, mesh = source.num_images, source.size, source.mesh
     num_blocks = -(-num_images // size)
-    kept = np.ones((num_images, source.num_patches), bool)
-    if source.keep is None:
-        kept = bank_lib.thin(
-            num_images=num_images, num_patches=source.num_patches, max_rows=config.max_bank_rows
-        )
+    thinning = _Thinning(source, config=config)
     seed_index = support.spread_seeds(num_images=num_images, num_seeds=config.num_seeds)
-    collector = _Collector(kept, size=size, dim=source.dim, mesh=mesh)
+    collector = _Collector(
+        np.full(num_images, thinning.per_image),
+        size=size,
+        num_patches=source.num_patches,
+        dim=source.dim,
+        mesh=mesh,
+    )
     seeds = _Seeds(
         seed_index, shape=(source.num_patches, source.dim), size=size, blocks=num_blocks, mesh=mesh
     )
@@ -406,18 +407,19 @@ def _fit_all(
         start, entries, running = journal.restore(source.phase, mesh=mesh)
         if entries:
             collector.resume(entries)
+            thinning.resume(entries)
             seeds.resume(entries)
             source.resume(running)
             progress(source.phase, min(start * size, num_images), num_images)
     for number in range(start, num_blocks):
         block = source.block(number)
-        collector.add(number, block)
+        collector.add(number, block, thinning.of_block(number, block))
         seeds.add(number, block)
         done = number + 1
         progress(source.phase, min(done * size, num_images), num_images)
         if journal is not None and _is_due(done, num_blocks, size=size, every=journal.every):
             running = source.running()
-            added = collector.added(done) | seeds.added(done)
+            added = collector.added(done) | thinning.added(done) | seeds.added(done)
             journal.save(source.phase, done=done, added=added, running=running, mesh=mesh)
     where = source.finish()
     of_seed_patches = where
@@ -428,10 +430,9 @@ def _fit_all(
     of_seeds = seeds.finish(of_seed_patches)
     growth = _seed_growth(of_seeds, seed_index, size=size, mesh=mesh, progress=progress)
     span = support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=num_images)
-    per_image = int(kept[0].sum())
-    shards = sharding.num_shards(mesh)
-    capacity = -(-num_images // shards) * shards * per_image
-    rows = collector.finish(capacity=capacity, where=where, patches=source.keep)
+    kept, shards = thinning.finish(), sharding.num_shards(mesh)
+    capacity = -(-num_images // shards) * shards * thinning.per_image
+    rows = collector.finish(kept, capacity=capacity, where=where, patches=source.keep)
     bank = bank_lib.make_bank(
         rows,
         multiplicity=kept,
@@ -466,28 +467,145 @@ def _fit_channels(
     multiplicity = jax.device_get(channels.multiplicity)
     if not multiplicity.any():
         raise ValueError(_no_channel_message(channels, num_images, config))
-    size, _, dim = descriptors.blocks[0].shape
-    collector = _Collector(multiplicity > 0, size=size, dim=dim, mesh=mesh)
+    multiplicity = _draw(multiplicity, members, channels, config=config)
+    nominal = multiplicity > 0
+    size, num_patches, dim = descriptors.blocks[0].shape
+    collector = _Collector(
+        nominal.sum(axis=1), size=size, num_patches=num_patches, dim=dim, mesh=mesh
+    )
     start, num_blocks = 0, len(descriptors.blocks)
     if journal is not None:
         start, entries, _ = journal.restore("bank", mesh=mesh)
         if entries:
             collector.resume(entries)
     for number in range(start, num_blocks):
-        collector.add(number, descriptors.blocks[number])
+        of_block = _of_block(nominal, number, size=size, mesh=mesh)
+        collector.add(number, descriptors.blocks[number], of_block)
         done = number + 1
         progress("bank", min(done * size, num_images), num_images)
         if journal is not None and _is_due(done, num_blocks, size=size, every=journal.every):
             added = collector.added(done)
             journal.save("bank", done=done, added=added, running={}, mesh=mesh)
-    capacity = bank_lib.bank_capacity(int(np.count_nonzero(multiplicity)))
-    capacity += -capacity % sharding.num_shards(mesh)
+    rows = collector.finish(nominal, capacity=_capacity(nominal, mesh=mesh), where=None)
+    limit = config.max_bank_rows
+    if limit is not None and np.count_nonzero(nominal) > limit:
+        rows, kept = _keep_centres(rows, nominal, max_rows=limit, mesh=mesh)
+        multiplicity = np.where(kept, multiplicity, 0)
     return bank_lib.make_bank(
-        collector.finish(capacity=capacity, where=None),
+        rows,
         multiplicity=multiplicity,
         reference=descriptors.reference,
         mesh=mesh,
     )
+
+
+class _Thinning:
+    """Which patches of each image a bank of all patches keeps, equally many of each."""
+
+    def __init__(self, source: _KnownBlocks | _BareBlocks, *, config: InReachConfig):
+        """Draws what does not depend on the descriptors."""
+        num_images, num_patches = source.num_images, source.num_patches
+        limit: Any = {
+            "num_images": num_images,
+            "num_patches": num_patches,
+            "max_rows": config.max_bank_rows,
+        }
+        self._size, self._mesh = source.size, source.mesh
+        # Position is not known before all images have been seen, so that it cannot matter here.
+        self._bare_dim = source.bare_dim
+        self.per_image = reduction.rows_per_image(**limit)
+        self._start: np.ndarray | None = None
+        if config.bank_reduction == "k_centre" and self.per_image < num_patches:
+            self._start = reduction.draw_starts(num=num_images, num_points=num_patches)
+            self._kept = np.zeros((num_images, num_patches), bool)
+        else:
+            self._kept = reduction.thin(**limit)
+        self._pending: list[tuple[int, jax.Array]] = []
+        self._saved = 0
+
+    def of_block(self, number: int, block: jax.Array) -> jax.Array:
+        """[G, P] bool: what is kept of a block, [G, P, D]; of its padding nothing."""
+        if self._start is None:
+            return _of_block(self._kept, number, size=self._size, mesh=self._mesh)
+        start = _of_block(self._start, number, size=self._size, mesh=self._mesh, padding=-1)
+        kept = _choose_patches(
+            block, start, bare_dim=self._bare_dim, per_image=self.per_image, mesh=self._mesh
+        )
+        self._pending.append((number, kept))  # not waited for: the host reads ahead of the device
+        return kept
+
+    def added(self, done: int) -> dict[str, Any]:
+        """What was chosen since this was last asked, `done` blocks being there."""
+        if self._start is None:
+            return {}
+        self._take()
+        chosen = self._kept[self._saved * self._size : done * self._size]
+        self._saved = done
+        return {"kept": sharding.place(chosen, mesh=self._mesh)}
+
+    def resume(self, entries: list[tuple[int, dict[str, Any]]]) -> None:
+        """Takes back what `added` has returned, each time after how many blocks."""
+        if self._start is not None:
+            chosen = np.concatenate([sharding.fetch(added["kept"]) for _, added in entries])
+            self._kept[: len(chosen)] = chosen
+            self._saved = entries[-1][0]
+
+    def finish(self) -> np.ndarray:
+        """[N, P] bool: what is kept of all images."""
+        self._take()
+        return self._kept
+
+    def _take(self) -> None:
+        for number, kept in self._pending:
+            of_block = self._kept[number * self._size : (number + 1) * self._size]
+            of_block[:] = jax.device_get(kept)[: len(of_block)]
+        self._pending = []
+
+
+def _draw(
+    multiplicity: np.ndarray, members: Members, channels: Channels, *, config: InReachConfig
+) -> np.ndarray:
+    """The multiplicity of what is to be collected: 0 where numbers alone say it is not kept."""
+    limit, nominal = config.max_bank_rows, multiplicity > 0
+    if limit is None or config.bank_reduction == "k_centre" or np.count_nonzero(nominal) <= limit:
+        return multiplicity
+    if config.bank_reduction == "channels":
+        kept = reduction.draw_by_channel(members, jax.device_get(channels), max_rows=limit)
+    else:
+        kept = reduction.draw_rows(nominal, max_rows=limit)
+    return np.where(kept, multiplicity, 0)
+
+
+def _keep_centres(
+    rows: jax.Array, nominal: np.ndarray, *, max_rows: int, mesh: Mesh | None
+) -> tuple[jax.Array, np.ndarray]:
+    """The rows that greedy k-centre selection keeps, and [N, P] bool which patches they are.
+
+    Rows stay sharded: gathered, they would have to fit a single device.
+    """
+    count = int(np.count_nonzero(nominal))
+    chosen = jax.device_get(
+        _choose_rows(
+            rows,
+            sharding.place(np.int32(count), mesh=mesh),
+            sharding.place(reduction.draw_starts(num=1, num_points=count)[0], mesh=mesh),
+            max_rows=max_rows,
+            mesh=mesh,
+        )
+    )
+    chosen = np.sort(chosen)
+    kept = np.zeros(nominal.shape, bool)
+    kept.reshape(-1)[np.flatnonzero(nominal)[chosen]] = True
+    source = np.full(_capacity(kept, mesh=mesh), -1, np.int32)
+    source[: len(chosen)] = chosen
+    in_order = sharding.place(source, mesh=mesh)
+    return _reorder(rows, in_order, in_order, None, mesh=mesh), kept
+
+
+def _capacity(nominal: np.ndarray, *, mesh: Mesh | None) -> int:
+    """Rows to allocate for the nominal patches, equally many on each device."""
+    capacity = bank_lib.bank_capacity(int(np.count_nonzero(nominal)))
+    return capacity + -capacity % sharding.num_shards(mesh)
 
 
 class _Seeds:
@@ -687,7 +805,10 @@ def _find_channels(
         saved = start
         for number in range(start, num_blocks):
             images = slice(number * size, min((number + 1) * size, num_images))
-            of_block = _of_block(members, images, size, mesh=mesh)
+            of_block = Members(
+                channel=_of_block(members.channel, number, size=size, mesh=mesh, padding=UNMATCHED),
+                patch=_of_block(members.patch, number, size=size, mesh=mesh),
+            )
             block = descriptors.blocks[number]
             found = _member_radii(seeds, offset, block, of_block, mesh=mesh)
             radii[images] = jax.device_get(found)[: images.stop - images.start]
@@ -713,13 +834,12 @@ def _is_due(done: int, num_blocks: int, *, size: int, every: int) -> bool:
     return done == num_blocks or done % max(1, every // size) == 0
 
 
-def _of_block(members: Members, images: slice, size: int, *, mesh: Mesh | None) -> Members:
-    """Members of a block of `size` images; those that pad it belong to no channel."""
-    padding = ((0, size - (images.stop - images.start)), (0, 0))
-    channel = np.pad(members.channel[images], padding, constant_values=UNMATCHED)
-    patch = np.pad(members.patch[images], padding)
-    place = functools.partial(sharding.place, mesh=mesh, spec=sharding.split(mesh))
-    return Members(channel=place(channel), patch=place(patch))
+def _of_block(x: Any, number: int, *, size: int, mesh: Mesh | None, padding: int = 0) -> jax.Array:
+    """Of something that the host has for each image, the part of a block, sharded like it."""
+    part = x[number * size : (number + 1) * size]
+    missing = ((0, size - len(part)), *((0, 0),) * (x.ndim - 1))
+    part = np.pad(part, missing, constant_values=padding)
+    return sharding.place(part, mesh=mesh, spec=sharding.split(mesh))
 
 
 def _no_channel_message(channels: Channels, num_images: int, config: InReachConfig) -> str:
@@ -829,6 +949,40 @@ def _append_rows(
     )(rows, count, block, nominal)
 
 
+@functools.partial(jax.jit, static_argnames=("bare_dim", "per_image", "mesh"))
+def _choose_patches(
+    block: jax.Array, start: jax.Array, *, bare_dim: int, per_image: int, mesh: Mesh | None
+) -> jax.Array:
+    """[G, P] bool on every device: what greedy k-centre selection keeps of each image."""
+    split = sharding.split(mesh)
+    kept: jax.Array = sharding.shard_map(
+        functools.partial(reduction.k_centre_patches, per_image=per_image, dim=bare_dim),
+        mesh=mesh,
+        in_specs=(split, split),
+        out_specs=split,
+    )(block, start)
+    return sharding.constrain(kept, mesh=mesh, spec=sharding.whole())
+
+
+@functools.partial(jax.jit, static_argnames=("max_rows", "mesh"))
+def _choose_rows(
+    rows: jax.Array, count: jax.Array, start: jax.Array, *, max_rows: int, mesh: Mesh | None
+) -> jax.Array:
+    """[max_rows] int32 on every device: which of the first `count` rows are chosen."""
+    axes, whole, split = sharding.mesh_axes(mesh), sharding.whole(), sharding.split(mesh)
+
+    def of_shard(rows: jax.Array, count: jax.Array, start: jax.Array) -> jax.Array:
+        here = sharding.first_row(rows.shape[0], axes) + jnp.arange(rows.shape[0], dtype=jnp.int32)
+        return reduction.greedy_k_centre(
+            rows, count=max_rows, start=start, valid=here < count, axes=axes
+        )
+
+    chosen: jax.Array = sharding.shard_map(
+        of_shard, mesh=mesh, in_specs=(split, whole, whole), out_specs=whole
+    )(rows, count, start)
+    return chosen
+
+
 @functools.partial(jax.jit, static_argnames="mesh")
 def _reorder(
     rows: jax.Array,
@@ -838,12 +992,40 @@ def _reorder(
     *,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Rows by their place in `rows`, -1 for zeros, with position appended if there is any."""
-    ordered = jnp.take(rows, jnp.maximum(source, 0), axis=0)
-    if where is not None:
-        ordered = jnp.concatenate([ordered, jnp.take(where, patch, axis=0)], axis=1)
-    ordered = jnp.where(source[:, None] < 0, 0, ordered)
-    return sharding.constrain(ordered, mesh=mesh, spec=sharding.split(mesh))
+    """Rows by their place in `rows`, -1 for zeros, with position appended if there is any.
+
+    Each device in turn gets its part from all: they need not fit a single one.
+    """
+    axes, whole, split = sharding.mesh_axes(mesh), sharding.whole(), sharding.split(mesh)
+
+    def of_shard(
+        rows: jax.Array, source: jax.Array, patch: jax.Array, where: jax.Array | None
+    ) -> jax.Array:
+        size, shard = source.shape[0] // sharding.num_shards(mesh), sharding.first_row(1, axes)
+        first = sharding.first_row(rows.shape[0], axes)
+
+        def of_device(device: jax.Array, mine: jax.Array) -> jax.Array:
+            place = lax.dynamic_slice_in_dim(source, device * size, size) - first
+            here = (place >= 0) & (place < rows.shape[0])
+            part = jnp.take(rows, jnp.where(here, place, 0), axis=0)
+            part = sharding.total(jnp.where(here[:, None], part, 0), axes)
+            return jnp.where(device == shard, part, mine)
+
+        ordered = jnp.zeros_like(rows, shape=(size, rows.shape[1]))
+        ordered = lax.fori_loop(0, sharding.num_shards(mesh), of_device, ordered)
+        if where is None:
+            return ordered
+        of_row = jnp.take(where, lax.dynamic_slice_in_dim(patch, shard * size, size), axis=0)
+        used = lax.dynamic_slice_in_dim(source, shard * size, size) >= 0
+        return jnp.concatenate([ordered, jnp.where(used[:, None], of_row, 0)], axis=1)
+
+    ordered: jax.Array = sharding.shard_map(
+        of_shard,
+        mesh=mesh,
+        in_specs=(split, whole, whole, None if where is None else whole),
+        out_specs=split,
+    )(rows, source, patch, where)
+    return ordered
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)

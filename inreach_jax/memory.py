@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from inreach_jax import bank as bank_lib
-from inreach_jax import distances, extraction, scoring, sharding
+from inreach_jax import distances, extraction, reduction, scoring, sharding
 from inreach_jax import images as images_lib
 from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
@@ -107,13 +107,15 @@ def plan(
             option="num_seeds",
         ),
     ]
-    rows = num_images * num_patches
+    every = num_images * num_patches
     if config.nominal == "all":
-        per_image = num_patches
-        if config.max_bank_rows is not None:
-            per_image = min(num_patches, max(1, config.max_bank_rows // num_images))
-        rows = num_images * per_image
+        rows = collected = num_images * reduction.rows_per_image(
+            num_images=num_images, num_patches=num_patches, max_rows=config.max_bank_rows
+        )
     else:
+        rows = every if config.max_bank_rows is None else min(every, config.max_bank_rows)
+        # Which rows are far from one another is known when all of them are there.
+        collected = every if config.bank_reduction == "k_centre" else rows
         block_bytes = block * shards // processes
         places = (budget or Budget()).places(num_blocks=num_blocks, block_bytes=block_bytes)
         per_place = {"device": processes / shards, "host": 1, "disk": 1}
@@ -148,15 +150,41 @@ def plan(
                 option="num_seeds",
             )
         )
+    limited = config.max_bank_rows is not None and config.max_bank_rows < num_images * num_patches
+    if limited and config.bank_reduction == "channels":
+        items.append(
+            Item(
+                what="choice of rows",
+                phase="fit",
+                place="host",
+                num_bytes=100 * num_images * num_patches,
+                option="bank_reduction",
+            )
+        )
+    if limited and config.bank_reduction == "k_centre":
+        items.append(
+            Item(
+                what="choice of rows, one step",
+                phase="fit",
+                place="device",
+                num_bytes=reduction.k_centre_bytes(num=num_patches, dim=dim)
+                if config.nominal == "all"
+                else reduction.k_centre_bytes(
+                    num=bank_lib.bank_capacity(every) // shards, dim=dim, shards=shards
+                ),
+                option="bank_reduction",
+            )
+        )
     bank = bank_lib.bank_capacity(rows) * row
+    gathered = bank_lib.bank_capacity(collected) * row
     items += [
-        # Gathered on each device, put in order, and centred.
+        # Gathered on each device, put in order, and centred; from other devices they come in parts.
         Item(
-            what=f"rows of the bank, up to {rows}",
+            what=f"rows of the bank, up to {collected}",
             phase="fit",
             place="device",
-            num_bytes=3 * bank // shards + (bank if shards > 1 else 0),
-            option="max_bank_rows",
+            num_bytes=(3 if shards == 1 else 4) * gathered // shards,
+            option="max_bank_rows" if collected == rows else "bank_reduction",
         ),
         Item(
             what="bank", phase="score", place="device", num_bytes=bank // shards,

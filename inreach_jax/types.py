@@ -59,6 +59,7 @@ class Channels:
     span: jax.Array  # [S * P] int32, realizations in the channel before the radius filter
     spread: jax.Array  # [S * P] float32, the scale that the radius filter compares radii with
     kept_span: jax.Array  # [S * P] int32, realizations kept; 0 where the channel was dropped
+    kept_by: jax.Array  # [N, P] int32, the channel that keeps what a patch brings, or UNMATCHED
     multiplicity: jax.Array  # [N, P] int32, kept channels that hold the patch; nominal where > 0
 
 

@@ -170,6 +170,7 @@ def test_presets_differ_by_these_options_only() -> None:
     assert PRESETS["default"] == PRESETS["robust"] == InReachConfig()
     assert _difference(PRESETS["default"], PRESETS["channels"]) == {
         "nominal": "channels",
+        "max_bank_rows": None,
         "num_seeds": 10,
         "distance": "squared",
         "image_contrast": 0.0,

@@ -27,6 +27,7 @@ ORDER = (
     "channels",
     "support",
     "bank",
+    "reduction",
     "fitting",
     "scoring",
     "calibration",

@@ -19,6 +19,10 @@ ALL = (
     f"--batch_size={tiny.BATCH}",
 )
 PAPER = (*tiny.FLAGS[:-1], "--radius_filter=rms", "--max_channel_std=1.5")
+# Every image keeps 7 of its 64 patches; of the channels' rows, 100 are kept.
+CENTRES = ("--bank_reduction=k_centre", "--max_bank_rows=100")
+ALL_CENTRES = (*ALL, *CENTRES)
+PAPER_CENTRES = (*PAPER, *CENTRES)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,10 @@ def assert_same_results(out: pathlib.Path, expected: pathlib.Path) -> None:
     assert not (out / "progress").exists()
 
 
-@pytest.mark.parametrize(("num", "devices", "options"), [(2, 1, ALL), (2, 2, PAPER), (4, 1, ALL)])
+@pytest.mark.parametrize(
+    ("num", "devices", "options"),
+    [(4, 1, ALL), (2, 1, ALL_CENTRES), (2, 2, PAPER_CENTRES)],
+)
 def test_processes_get_the_numbers_of_one(
     num: int,
     devices: int,

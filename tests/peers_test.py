@@ -12,6 +12,7 @@ import sklearn.neighbors
 
 from experiments import peers
 from inreach_jax.extraction import DescriptorSet
+from tests.reduction_test import slow_greedy
 
 Array = np.ndarray[Any, Any]
 
@@ -40,17 +41,6 @@ def remembered(memory: peers.Memory) -> Array:
     return np.stack([bank.image, bank.patch], axis=1)[: int(bank.count)]
 
 
-def slow_greedy(points: Array, count: int, start: int) -> list[int]:
-    points = points.astype(np.float64)
-    chosen = [start]
-    distance = ((points - points[start]) ** 2).sum(axis=1)
-    while len(chosen) < count:
-        distance[chosen] = -1
-        chosen.append(int(np.argmax(distance)))
-        distance = np.minimum(distance, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
-    return chosen
-
-
 def slow_scores(
     memory: peers.Memory, x: Array, exclude: Array | None = None
 ) -> tuple[Array, Array]:
@@ -75,38 +65,6 @@ def slow_scores(
         all_scores.append(scores)
         all_images.append(highest)
     return np.array(all_scores), np.array(all_images)
-
-
-@pytest.mark.parametrize(
-    "num, dim, count, start",
-    [(3000, 4, 900, 17), (2500, 24, 1300, 0), (60, 3, 60, 5), (5, 2, 1, 3), (1, 2, 1, 0)],
-)
-def test_greedy_coreset_is_the_plain_one(num: int, dim: int, count: int, start: int) -> None:
-    points = np.random.default_rng(num).standard_normal((num, dim)).astype(np.float32)
-    got = np.asarray(peers.greedy_coreset(jnp.asarray(points), count=count, start=start))
-    assert got.dtype == np.int32
-    np.testing.assert_array_equal(got, slow_greedy(points, count, start))
-
-
-def test_greedy_coreset_takes_the_lowest_of_equals() -> None:
-    # A grid: squared distances are small integers, which float32 holds exactly.
-    points = np.stack(np.meshgrid(np.arange(-30.0, 31), np.arange(-25.0, 26)), -1).reshape(-1, 2)
-    points = np.random.default_rng(0).permutation(points).astype(np.float32)
-    got = np.asarray(peers.greedy_coreset(jnp.asarray(points), count=2000, start=8))
-    np.testing.assert_array_equal(got, slow_greedy(points, 2000, 8))
-
-
-def test_greedy_coreset_of_copies_chooses_each_once() -> None:
-    points = np.repeat(np.eye(3, dtype=np.float32), 500, axis=0)
-    got = np.asarray(peers.greedy_coreset(jnp.asarray(points), count=1500, start=700))
-    assert got[:3].tolist() == [700, 0, 1000]
-    np.testing.assert_array_equal(np.sort(got), np.arange(1500))
-
-
-@pytest.mark.parametrize("count", [0, 8])
-def test_a_coreset_has_a_size(count: int) -> None:
-    with pytest.raises(ValueError, match=f"count must be at least 1 and at most the 7.*{count}"):
-        peers.greedy_coreset(jnp.zeros((7, 2)), count=count)
 
 
 def test_patchcore_memory_is_the_coreset() -> None:
