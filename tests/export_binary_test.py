@@ -1,6 +1,7 @@
 """The binary that exports: one file, whole or not at all."""
 
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,6 +52,20 @@ def test_the_file_scores_as_the_bank_does(
     bank, config = inreach_jax.restore_bank(bank_dir, backbone=backbone)
     (expected,) = inreach_jax.score_images(backbone, bank, images, config=config, batch_size=3)
     np.testing.assert_allclose(score(images)["image"], expected.image, rtol=1e-5)
+
+
+def test_the_threshold_is_the_calibration_s(bank_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "bank"
+    shutil.copytree(bank_dir, folder)
+    calibration = inreach_jax.calibrate(np.arange(1.0, 9.0), np.arange(2.0, 10.0))
+    inreach_jax.save_calibration(folder, calibration)
+    for rate in (0.05, 0.2):
+        out = tmp_path / f"{rate}"
+        binary.succeeds(export, f"--bank={folder}", f"--out={out}", f"--false_alarms={rate}")
+        expected, _ = inreach_jax.threshold(calibration, false_alarm_rate=rate)
+        assert inreach_jax.load_exported(out)[1]["threshold"] == pytest.approx(float(expected))
+    binary.succeeds(export, f"--bank={folder}", f"--out={tmp_path / 'x'}", "--threshold=7")
+    assert inreach_jax.load_exported(tmp_path / "x")[1]["threshold"] == 7
 
 
 def test_one_number_is_a_square(bank_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -524,6 +524,7 @@ def test_feature_options_are_what_descriptors_depend_on() -> None:
     # out concerns what comes after them.
     config = inreach_jax.InReachConfig()
     after: dict[str, Any] = {
+        "bank_reduction": "k_centre",
         "nominal": "channels",
         "spread_growth": 0.3,
         "max_bank_rows": None,
