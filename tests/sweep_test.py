@@ -528,7 +528,6 @@ def test_feature_options_are_what_descriptors_depend_on() -> None:
         "nominal": "channels",
         "spread_growth": 0.3,
         "max_bank_rows": None,
-        "bank_reduction": "channels",
         "num_seeds": 3,
         "pairs": "earlier",
         "veto": True,
