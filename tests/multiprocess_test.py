@@ -108,10 +108,10 @@ from inreach_jax import extraction
 from tests import tiny
 inreach_jax.load_backbone = lambda name, *, weights=None: tiny.backbone()
 of_block = extraction.Extractor.block
-def block(self, number):
+def block(self, number, **options):
     print("block", number, file=sys.stderr, flush=True)
     time.sleep(float(os.environ.get("PAUSE", "0")))
-    return of_block(self, number)
+    return of_block(self, number, **options)
 extraction.Extractor.block = block
 """
 RUN = TRACED + "runner.main(mvtec.main)"
