@@ -222,3 +222,40 @@ def blocks_of(err: str) -> list[int]:
 def entries_of(out: pathlib.Path) -> set[int]:
     """Blocks after which progress has been kept whole."""
     return {int(path.parent.name) for path in out.glob("progress/*/*/*/added")}
+
+
+# Each process decodes its share of the images; of the others it sees the size at most.
+
+SHARED = """
+import sys
+import PIL.ImageFile
+import inreach_jax
+from experiments import mvtec, runner
+from tests import tiny
+inreach_jax.load_backbone = lambda name, *, weights=None: tiny.backbone()
+of_file = PIL.ImageFile.ImageFile.load
+def load(self):
+    if self.tile and self.fp is not None:
+        print("decode", getattr(self.fp, "name", "?"), file=sys.stderr, flush=True)
+    return of_file(self)
+PIL.ImageFile.ImageFile.load = load
+runner.main(mvtec.main)
+"""
+
+
+def test_processes_decode_their_share(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    args = arguments(data_dir, tmp_path, ALL)
+    running = processes.start(args, num=2, main=SHARED)
+    decoded = []
+    for process in running:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        names = re.findall(r"decode \S*/brick/(\S+)", err)
+        decoded.append([name for name in names if name.startswith(("train/", "test/"))])
+    # The second reads nothing twice, and only what its device takes: the second half of each block.
+    assert len(decoded[1]) == len(set(decoded[1]))
+    train = sorted({name for name in decoded[0] + decoded[1] if name.startswith("train/")})
+    assert len(train) == 14
+    share = [i for i, name in enumerate(train) if name in decoded[1]]
+    assert share == [i for i in range(14) if i % (2 * tiny.BATCH) >= tiny.BATCH]
+    assert not {name for name in decoded[0] if name.startswith("train/")} & set(decoded[1])
