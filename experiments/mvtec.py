@@ -187,4 +187,4 @@ def _choose(dataset: Dataset, protocol: str, given: Manifest | None) -> tuple[Da
 
 
 if __name__ == "__main__":
-    runner.main(main)
+    runner.main(main, distributed=True)

@@ -57,8 +57,14 @@ _turn_mask = jax.jit(
 _resize_images = jax.jit(resize_and_crop, static_argnames="config")
 
 
-def main(body: Callable[[], None]) -> None:
-    """Runs a binary. What the user can mend ends it with one line; --verbosity=1 shows where."""
+def main(body: Callable[[], None], *, distributed: bool = False) -> None:
+    """Runs a binary. What the user can mend ends it with one line; --verbosity=1 shows where.
+
+    Args:
+      body: What it does.
+      distributed: Whether several processes may share it. Others refuse --distributed: each process
+        would do all of it, and write over what the others have written.
+    """
 
     def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -66,6 +72,10 @@ def main(body: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:  # Orbax tells of every step of a save
             logging.set_verbosity(logging.WARNING)
         try:
+            if common_flags.DISTRIBUTED.value and not distributed:
+                raise ValueError(
+                    "--distributed: this binary runs in one process; experiments.mvtec runs in many"
+                )
             body()
         except (ValueError, OSError) as error:
             logging.debug("where it happened", exc_info=True)

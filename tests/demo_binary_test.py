@@ -41,6 +41,12 @@ def workdir(printed_and_workdir: tuple[str, pathlib.Path]) -> pathlib.Path:
     return printed_and_workdir[1]
 
 
+def test_it_refuses_to_run_in_several_processes(tmp_path: pathlib.Path) -> None:
+    said = binary.fails(demo_binary, "--distributed", f"--workdir={tmp_path / 'out'}")
+    assert "--distributed: this binary runs in one process" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_of_every_surface(workdir: pathlib.Path) -> None:
     results = json.loads((workdir / "metrics.json").read_text())
     assert list(results["categories"]) == list(demo.CATEGORIES)

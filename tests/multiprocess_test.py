@@ -114,7 +114,7 @@ def block(self, number, **options):
     return of_block(self, number, **options)
 extraction.Extractor.block = block
 """
-RUN = TRACED + "runner.main(mvtec.main)"
+RUN = TRACED + "runner.main(mvtec.main, distributed=True)"
 # Importing takes seconds in which nothing can be lost: one process imports, and forks the others.
 KILLER = (
     TRACED
@@ -129,7 +129,7 @@ def attempt(moment):
         os.dup2(write, 2)
         os.close(write)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        runner.main(mvtec.main)
+        runner.main(mvtec.main, distributed=True)
         os._exit(0)
     os.close(write)
     with os.fdopen(read, buffering=1) as err:
@@ -239,7 +239,7 @@ def load(self):
         print("decode", getattr(self.fp, "name", "?"), file=sys.stderr, flush=True)
     return of_file(self)
 PIL.ImageFile.ImageFile.load = load
-runner.main(mvtec.main)
+runner.main(mvtec.main, distributed=True)
 """
 
 

@@ -18,7 +18,7 @@ import inreach_jax
 from experiments import mvtec, runner
 from tests import tiny
 inreach_jax.load_backbone = lambda name, *, weights=None: tiny.backbone()
-runner.main(mvtec.main)
+runner.main(mvtec.main, distributed=True)
 """
 
 
