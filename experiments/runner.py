@@ -223,7 +223,7 @@ def run_category(
       dataset: Its masks and labels only measure; fitting does not see them.
       backbone: With its variables.
       config: The options.
-      workdir: Gets `bank/`, `scores.csv`, `heatmaps/` and `metrics.json`, and until the bank is
+      workdir: Gets `bank/`, `scores.csv`, `heatmaps/` and `metrics.json`, and until all of them are
         there `progress/`.
       batch_size: Images per device and step.
       mesh: Of all devices.
@@ -265,8 +265,6 @@ def run_category(
     inreach_jax.save_bank(
         workdir / "bank", bank, backbone=backbone, config=config, command=command()
     )
-    if journal is not None:
-        journal.finish()
     with timer:
         scored = list(
             inreach_jax.score_images(
@@ -280,8 +278,33 @@ def run_category(
             )
         )
     bank = jax.tree.map(sharding.fetch, bank)
-    if not is_first():
-        return {}
+    result = {}
+    if is_first():
+        result = _write_results(
+            workdir, dataset, bank, scored, backbone=backbone, config=config, seconds=timer.seconds
+        )
+        result |= {
+            "batch_size": batch_size,
+            "devices": 1 if mesh is None else mesh.size,
+            "processes": jax.process_count(),
+        }
+        write_json(workdir / "metrics.json", result)
+    if journal is not None:  # not before: a run that is killed while it scores has its fit still
+        journal.finish()
+    return result
+
+
+def _write_results(
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    bank: inreach_jax.NominalBank,
+    scored: Sequence[inreach_jax.Scores],
+    *,
+    backbone: inreach_jax.Backbone,
+    config: inreach_jax.InReachConfig,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Writes `scores.csv` and `heatmaps/`; returns the figures."""
     image_scores = np.concatenate([s.image for s in scored])
     maps = np.concatenate([s.maps for s in scored])
     masks = crop_masks(dataset.test, config=config)
@@ -296,10 +319,10 @@ def run_category(
     scale = (float(np.quantile(maps, 0.01)), float(np.quantile(maps, 0.999)))
     write_heatmaps(workdir / "heatmaps", dataset.test, maps, masks, scale=scale, config=config)
     seconds = {
-        phase: timer.seconds.get(phase, 0.0)
+        phase: seconds.get(phase, 0.0)
         for phase in ("position", "features", "association", "channels", "bank", "scoring")
     }
-    result = {
+    return {
         "category": dataset.name,
         **metrics.image_metrics(image_scores, dataset.test.anomalous),
         **metrics.pixel_metrics(maps, masks >= config.mask_threshold),
@@ -313,14 +336,9 @@ def run_category(
         "heatmap_scale": scale,
         "backbone": {"name": backbone.name, "weights_digest": backbone.weights_digest},
         "config": config.to_dict(),
-        "batch_size": batch_size,
-        "devices": 1 if mesh is None else mesh.size,
-        "processes": jax.process_count(),
         "versions": versions(),
         "command": command(),
     }
-    write_json(workdir / "metrics.json", result)
-    return result
 
 
 def crop_masks(

@@ -109,7 +109,7 @@ from tests import tiny
 inreach_jax.load_backbone = lambda name, *, weights=None: tiny.backbone()
 of_block = extraction.Extractor.block
 def block(self, number, **options):
-    print("block", number, file=sys.stderr, flush=True)
+    print("", f"block {number}", sep=os.linesep, file=sys.stderr, flush=True)  # a bar may be there
     time.sleep(float(os.environ.get("PAUSE", "0")))
     return of_block(self, number, **options)
 extraction.Extractor.block = block
@@ -150,7 +150,7 @@ def attempt(moment):
         sys.exit(chr(10).join(lines))
     blocks = [line for line in lines if line.startswith("block")]
     print(f"attempt {moment} status {status}", *blocks, sep="|")
-    root = sys.argv[-1].partition("=")[2]
+    root = sys.argv[-1].partition("=")[2] + "/progress"
     kept = [path for path, folders, _ in os.walk(root) if "added" in folders]
     print("kept", max((int(os.path.basename(path)) for path in kept), default=0), flush=True)
     return time.monotonic() - started, os.WIFSIGNALED(status)
