@@ -125,6 +125,7 @@ def variants(*, num_patches: int) -> dict[str, sweep.Method]:
     span = plain.replace(spread_growth=default.spread_growth)
     return made | {
         "default: all realizations count": sweep.Method(config=default, memory="unskipped"),
+        "default: usual growth not divided": sweep.Method(config=default, memory="undivided"),
         "default: published image score": sweep.Method(
             config=default.replace(image_contrast=0.0, smoothing_sigma=13.0)
         ),

@@ -170,8 +170,10 @@ def measure(
       ValueError: the pool is too small.
     """
     train, rest = _draw(pool.kind, num_train=num_train, ratio=ratio, seed=seed)
-    span = _span(between, train, config=config)
-    score = functools.partial(scores_of, between, train=train, span=span, grid=grid, config=config)
+    span, growth = _span(between, train, config=config)
+    score = functools.partial(
+        scores_of, between, train=train, span=span, growth=growth, grid=grid, config=config
+    )
     calibration = inreach_jax.calibrate(*score(train))
     rows = []
     for kind, name in enumerate(KINDS):
@@ -217,11 +219,18 @@ def _draw(
     return train, np.setdiff1d(np.arange(len(kind)), train)
 
 
-def _span(between: np.ndarray, train: np.ndarray, *, config: inreach_jax.InReachConfig) -> int:
+def _span(
+    between: np.ndarray, train: np.ndarray, *, config: inreach_jax.InReachConfig
+) -> tuple[int, float]:
     seeds = train[support.spread_seeds(num_images=len(train), num_seeds=config.num_seeds)]
     of_seeds = np.sort(np.moveaxis(between[np.ix_(seeds, seeds)], 1, 2), axis=-1)
-    growth = float(support.growth_exponent(jnp.asarray(of_seeds)))
-    return support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=len(train))
+    ladders = jnp.asarray(of_seeds)
+    span = support.choose_span(
+        growth=float(support.growth_exponent(ladders)),
+        tolerance=config.spread_growth,
+        num_images=len(train),
+    )
+    return span, span ** float(support.usual_exponent(ladders))
 
 
 def scores_of(
@@ -230,6 +239,7 @@ def scores_of(
     *,
     train: np.ndarray,
     span: int,
+    growth: float,
     grid: tuple[int, int],
     config: inreach_jax.InReachConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -240,6 +250,7 @@ def scores_of(
       images: [B] int, numbers in the pool.
       train: [T] int, numbers in the pool.
       span: That the training images support.
+      growth: Usual spread at the span over that at 1.
       grid: (Hp, Wp).
       config: Of the scores.
 
@@ -247,7 +258,13 @@ def scores_of(
       [B] and [B] float32.
     """
     found = [
-        _score(jnp.asarray(between[i, train]), jnp.asarray(span, jnp.int32), grid, config)
+        _score(
+            jnp.asarray(between[i, train]),
+            jnp.asarray(span, jnp.int32),
+            jnp.asarray(growth, jnp.float32),
+            grid,
+            config,
+        )
         for i in images
     ]
     image, pixel = zip(*jax.device_get(found), strict=True)
@@ -258,10 +275,12 @@ def scores_of(
 def _score(
     each: jax.Array,
     span: jax.Array,
+    growth: jax.Array,
     grid: tuple[int, int],
     config: inreach_jax.InReachConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    value, row = support.spread_at(each, jnp.zeros(each.shape, jnp.int32), span=span)
+    row = jnp.zeros(each.shape, jnp.int32)
+    value, row = support.spread_at(each, row, span=span, growth=growth)
     scores = scoring.scores_of_patches(value[None], row[None], grid=grid, config=config)
     return scores.image[0], jnp.max(scores.maps)
 

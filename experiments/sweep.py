@@ -41,7 +41,7 @@ _NUM_DECIDING = 120
 _RECALL = inreach_jax.InReachConfig(recall="patches")
 
 Row = dict[str, Any]
-Memory = Literal["bank", "unskipped", "full", "oracle", "patchcore", "softpatch"]
+Memory = Literal["bank", "unskipped", "undivided", "full", "oracle", "patchcore", "softpatch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class Method:
     Attributes:
       config: Of the descriptors and the maps, and with "bank" of everything.
       memory: "bank" for what `inreach_jax.fit_descriptors` makes; "unskipped" for the same where
-        an image that is its own likeness counts; "full" and "oracle" for the nearest of the rows
+        an image that is its own likeness counts, and "undivided" where the spread at the span is
+        the score, whatever its usual growth; "full" and "oracle" for the nearest of the rows
         that a bank of all patches has, with and without the anomalous ones; else one of
         `experiments.peers`.
     """
@@ -393,7 +394,7 @@ def _run_together(
             yield [name], [result]
 
 
-_SEARCHED = ("bank", "unskipped", "full", "oracle")
+_SEARCHED = ("bank", "unskipped", "undivided", "full", "oracle")
 """Memories that are searched for the nearest row of each image."""
 
 
@@ -415,7 +416,7 @@ def _fit_together(
         if config not in fitted:
             bank = inreach_jax.fit_descriptors(train, config=config, progress=progress)
             for first in list(fitted.values())[:1]:
-                bank = dataclasses.replace(first, span=bank.span)
+                bank = dataclasses.replace(first, span=bank.span, growth=bank.growth)
             fitted[config] = bank
     return [fitted[_fitted(method)] for method in methods]
 
@@ -431,17 +432,18 @@ def _score_together(
 ) -> list[Result]:
     """Scores for banks of the same rows, of all patches, and for the bounds that they imply."""
     bank = banks[0]
-    # A rule is a span and the share of `support.spread_at`, each looked at once.
+    # A rule is a span, a growth and the share of `support.spread_at`, each looked at once.
     rules = [
         (
             int(np.asarray(of_method.span)),
+            1.0 if method.memory == "undivided" else float(np.asarray(of_method.growth)),
             0.0 if method.memory == "unskipped" else support.SAME_REALIZATION,
         )
         for method, of_method in zip(methods, banks, strict=True)
     ]
     distinct = sorted(set(rules))
-    span = np.array([span for span, _ in distinct], np.int32)
-    share = np.array([share for _, share in distinct], np.float32)
+    span = np.array([span for span, _, _ in distinct], np.int32)
+    growth, share = np.array([rule[1:] for rule in distinct], np.float32).T
     # Whether each row may be a neighbour, for all and for the oracle.
     kept = np.ones((2, bank.rows.shape[0]), bool)
     kept[1] = good[np.asarray(bank.image), np.asarray(bank.patch)]
@@ -450,7 +452,7 @@ def _score_together(
     for images, block in test.enumerate():
         index = np.arange(images.start, images.start + len(block), dtype=np.int32)
         spread, nearest = jax.device_get(
-            _search(bank, span, share, kept, block, exclude=index if leave_out else None)
+            _search(bank, span, growth, share, kept, block, exclude=index if leave_out else None)
         )
         for method, rule, of_method in zip(methods, rules, blocks, strict=True):
             bound = method.memory in ("full", "oracle")
@@ -471,15 +473,16 @@ def _score_together(
 def _search(
     bank: inreach_jax.NominalBank,
     span: jax.Array,
+    growth: jax.Array,
     share: jax.Array,
     kept: jax.Array,
     block: jax.Array,
     *,
     exclude: jax.Array | None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """What rules, span and share [R], make of a block, and its nearest rows of those kept, [V, M].
+    """What rules, span, growth and share [R], make of a block, and its nearest rows.
 
-    Distances and rows, both [R, B, P] and [V, B, P].
+    Of those kept, [V, M]. Distances and rows, both [R, B, P] and [V, B, P].
     """
 
     def each(kept: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -487,11 +490,11 @@ def _search(
 
     value, row = jax.vmap(each)(kept)  # of which the products are the same, and computed once
 
-    def rule(span: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return support.spread_at(value[0], row[0], span=span, same_realization=share)
+    def rule(span: jax.Array, growth: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return support.spread_at(value[0], row[0], span=span, growth=growth, same_realization=share)
 
     shape = (-1, *block.shape[:2])
-    spread, of_spread = jax.vmap(rule)(span, share)  # of which the sorting is the same
+    spread, of_spread = jax.vmap(rule)(span, growth, share)  # of which the sorting is the same
     nearest = jnp.min(value, axis=1).reshape(shape)
     return (
         (spread.reshape(shape), of_spread.reshape(shape)),

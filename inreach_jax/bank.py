@@ -45,6 +45,7 @@ def make_bank(
     *,
     multiplicity: np.ndarray,
     span: int | None = None,
+    growth: float = 1.0,
     reference: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> NominalBank:
@@ -55,6 +56,7 @@ def make_bank(
       multiplicity: [N, P] int32 on the host; patches with more than 0 are nominal.
       span: How many realizations must share a patch, in which case each image must have equally
         many rows, and the padding that of whole images; None where any row will do.
+      growth: With a span, how many times as large as at 1 the spread usually is there, >= 1.
       reference: [h, w, 3] float32 that images were aligned to, if they were.
       mesh: Of one axis, that the rows are sharded over; None for one device.
 
@@ -99,6 +101,7 @@ def make_bank(
         multiplicity=per_row(multiplicity[image, patch]),
         count=of_count,
         span=None if span is None else sharding.place(np.int32(span), mesh=mesh),
+        growth=None if span is None else sharding.place(np.float32(growth), mesh=mesh),
         reference=reference,
         per_image=per_image,
     )

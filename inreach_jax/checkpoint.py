@@ -27,7 +27,7 @@ from inreach_jax.bank import bank_capacity
 from inreach_jax.config import InReachConfig
 from inreach_jax.types import PER_ROW, Calibration, NominalBank
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _CALIBRATION = "calibration"
 
 

@@ -428,8 +428,8 @@ def _fit_all(
             where, sharding.place(source.keep[seed_index], mesh=mesh), axis=0
         )
     of_seeds = seeds.finish(of_seed_patches)
-    growth = _seed_growth(of_seeds, seed_index, size=size, mesh=mesh, progress=progress)
-    span = support.choose_span(growth=growth, tolerance=config.spread_growth, num_images=num_images)
+    hard, usual = _seed_growth(of_seeds, seed_index, size=size, mesh=mesh, progress=progress)
+    span = support.choose_span(growth=hard, tolerance=config.spread_growth, num_images=num_images)
     kept, shards = thinning.finish(), sharding.num_shards(mesh)
     capacity = -(-num_images // shards) * shards * thinning.per_image
     rows = collector.finish(kept, capacity=capacity, where=where, patches=source.keep)
@@ -437,6 +437,7 @@ def _fit_all(
         rows,
         multiplicity=kept,
         span=span,
+        growth=span**usual,
         reference=source.reference,
         mesh=mesh,
     )
@@ -698,8 +699,8 @@ def _seed_growth(
     size: int,
     mesh: Mesh | None,
     progress: Progress,
-) -> float:
-    """How fast spread grows with span among the seeds."""
+) -> tuple[float, float]:
+    """How fast spread grows with span among the seeds: on the hard patches, and usually."""
     num = len(seed_index)
     spreads = []
     index = sharding.place(seed_index, mesh=mesh)
@@ -708,7 +709,8 @@ def _seed_growth(
         of_block = sharding.place(which, mesh=mesh, spec=sharding.split(mesh))
         spreads.append(jax.device_get(_seed_distances(seeds, index, of_block, mesh=mesh)))
         progress("association", min(start + size, num), num)
-    return float(jax.device_get(_growth_exponent(jax.device_put(np.concatenate(spreads)[:num]))))
+    hard, usual = jax.device_get(_growth_exponents(jax.device_put(np.concatenate(spreads)[:num])))
+    return float(hard), float(usual)
 
 
 def _associate_all(
@@ -858,7 +860,7 @@ def _no_channel_message(channels: Channels, num_images: int, config: InReachConf
 
 
 _take_patches = jax.jit(lambda where, patches: jnp.take(where, patches, axis=0))
-_growth_exponent = jax.jit(support.growth_exponent)
+_growth_exponents = jax.jit(lambda x: (support.growth_exponent(x), support.usual_exponent(x)))
 _channel_span = jax.jit(channels_lib.channel_span, static_argnames="num_channels")
 _lengths = jax.jit(lambda x: jnp.sqrt(jnp.sum(x * x, axis=-1)))
 

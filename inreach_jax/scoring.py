@@ -60,7 +60,8 @@ def score_patches(
             each = image_distances(
                 bank, chunk[0], exclude=chunk[1], axes=axes, tile=tile, precision=precision
             )
-            return support.spread_at(*each, span=jnp.asarray(bank.span))
+            growth = 1.0 if bank.growth is None else bank.growth
+            return support.spread_at(*each, span=jnp.asarray(bank.span), growth=growth)
 
         size = span_chunk(bank, num_images=shape[0], num_patches=shape[1], axes=axes)
         chunks = jax.tree.map(

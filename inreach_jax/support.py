@@ -1,10 +1,15 @@
 """Seeds x seeds -> how many realizations must share a patch.
 
 Span and spread without a threshold on either, asked of the patch that is scored. Its channel at
-span k is its nearest patch in each of the k training images that come closest to it, and its score
-is the spread of that channel: the distance to the last of them. No training patch is thrown away,
-so what is good but rare keeps its likes, however few; yet a defect that stands in fewer than k
-training images cannot vouch for its like.
+span k is its nearest patch in each of the k training images that come closest to it, and the spread
+of that channel is the distance to the last of them. No training patch is thrown away, so what is
+good but rare keeps its likes, however few; yet a defect that stands in fewer than k training images
+cannot vouch for its like.
+
+Spreads of two spans are compared, 1 and k: the score is the larger one, after that at k is divided
+by what spreads usually grow by from 1 to k. So a patch that nothing resembles is as odd as its
+nearest likeness is far, whatever the span; and one whose few likes are near is odd only if the
+next ones are further than is usual.
 
 How large a span can be asked for depends on the images. If parts lie in any pose, a good part has
 few that are like it, and the spread of its channel grows fast with the span; on a surface all
@@ -12,7 +17,8 @@ recurs, the spread hardly grows, and only a large span exposes defects that recu
 growth can be measured without labels: d_k ~ k^g, where g falls with the intrinsic dimension of
 what the patches resemble (Levina and Bickel, NIPS 2004, whose 1 / g over all patches is that
 dimension; on the worst supported ones g is smaller). The span is the largest that lets the spread
-grow by no more than a given share.
+of the worst supported patches grow by no more than a given share; what is usual is the growth of
+the median spread of all patches.
 
 An image that is scored may be one of the training images, and then it is its own likeness. A
 realization that is nearer than a third of the distance to the next one is taken for the same, and
@@ -27,7 +33,7 @@ from jax import lax
 from inreach_jax import distances
 
 GROWTH_SPAN = 8
-"""Growth is measured from a span of 1 to this one."""
+"""Growth is measured up to this span."""
 
 SAME_REALIZATION = 1 / 3
 """Within this share of the distance to the next realization, the nearest one is the same."""
@@ -109,10 +115,7 @@ def growth_exponent(sq_distance: jax.Array) -> jax.Array:
     Raises:
       ValueError: there are fewer than three seeds.
     """
-    num_seeds = sq_distance.shape[-1]
-    if num_seeds < 3:
-        raise ValueError(f"growth needs at least 3 seeds; got {num_seeds}")
-    span = min(GROWTH_SPAN, num_seeds - 1)
+    span = _growth_span(sq_distance)
     first, last = sq_distance[..., 0].reshape(-1), sq_distance[..., span - 1].reshape(-1)
     hard = first >= jnp.quantile(first, 1 - HARD_SHARE)
     # Copies of a patch have no distance, and say nothing of how distances grow.
@@ -121,6 +124,40 @@ def growth_exponent(sq_distance: jax.Array) -> jax.Array:
     # Half the logarithm, as both are squared.
     growth = jnp.sum(jnp.log(ratio)) / 2 / jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
     return growth / np.log(span).astype(np.float32)
+
+
+def usual_exponent(sq_distance: jax.Array) -> jax.Array:
+    """How fast the usual spread grows with the span: that of the median, over all patches.
+
+    Measured from half of `GROWTH_SPAN` to it: where a place was photographed several times, the
+    nearest realizations tell how often, and not how much its kind varies.
+
+    Args:
+      sq_distance: As for `growth_exponent`.
+
+    Returns:
+      [] float32, g in median(d_k) ~ k^g, >= 0.
+
+    Raises:
+      ValueError: there are fewer than three seeds.
+    """
+    last = _growth_span(sq_distance)
+    first = last // 2
+    at_first, at_last = (sq_distance[..., span - 1].reshape(-1) for span in (first, last))
+    # Copies of a patch have no distance, and say nothing of how distances grow.
+    counted = at_first > 0
+    medians = [jnp.nanmedian(jnp.where(counted, x, jnp.nan)) for x in (at_first, at_last)]
+    ratio = jnp.where(jnp.any(counted), medians[1] / medians[0], 1)
+    # Half the logarithm, as both are squared.
+    return jnp.log(ratio) / 2 / np.log(last / first).astype(np.float32)
+
+
+def _growth_span(sq_distance: jax.Array) -> int:
+    """The span that growth is measured to, at least 2."""
+    num_seeds = sq_distance.shape[-1]
+    if num_seeds < 3:
+        raise ValueError(f"growth needs at least 3 seeds; got {num_seeds}")
+    return min(GROWTH_SPAN, num_seeds - 1)
 
 
 def span_limit(*, num_images: int) -> int:
@@ -162,14 +199,20 @@ def spread_at(
     row: jax.Array,
     *,
     span: jax.Array,
+    growth: float | jax.Array = 1.0,
     same_realization: float | jax.Array = SAME_REALIZATION,
 ) -> tuple[jax.Array, jax.Array]:
     """The spread of each patch's channel, and the row that it ends with.
+
+    Of the channels at a span of 1 and at the given one it is that with the larger spread, less the
+    usual growth.
 
     Args:
       sq_distance: [N, Q] float32, squared, to the nearest row of each of N >= 2 images.
       row: [N, Q] int32, which rows these are.
       span: [] int32, at least 1 and otherwise at most `LIMIT_SHARE` of N.
+      growth: [] float32 >= 1, how many times as large as at a span of 1 the spread usually is. At 1
+        the spread at `span` is always the larger one.
       same_realization: [] float32 in [0, 1]: within this share of the distance to the next
         realization, the nearest one does not count. 0 to let all count.
 
@@ -180,9 +223,15 @@ def spread_at(
     negated, image = lax.top_k(-sq_distance.T, limit)
     # Squared like the distances. Where both are infinite there is nothing to skip.
     same = negated[:, 0] > same_realization**2 * negated[:, 1]
-    last = jnp.where(same, span, span - 1)[:, None]
-    image = jnp.take_along_axis(image, last, axis=1)
-    spread = -jnp.take_along_axis(negated, last, axis=1)[:, 0]
+    first = jnp.where(same, 1, 0)
+    ends = jnp.stack([first, first + span - 1], axis=1)
+    both = -jnp.take_along_axis(negated, ends, axis=1)
+    # Squared like the distances.
+    nearest, spread = both[:, 0], both[:, 1] / jnp.square(growth)
+    wide = spread >= nearest
+    end = jnp.where(wide, ends[:, 1], ends[:, 0])[:, None]
+    image = jnp.take_along_axis(image, end, axis=1)
+    spread = jnp.where(wide, spread, nearest)
     # NaN must show, wherever it ranks.
     unknown = jnp.any(jnp.isnan(sq_distance), axis=0)
     return (

@@ -72,7 +72,8 @@ class NominalBank:
     `rows + centre`. Each nominal patch stands once, in the order of (image, patch).
 
     With a span, a patch is as far from the bank as from the nearest row of its span-th nearest
-    image, and every image has equally many rows: see `inreach_jax.support`.
+    image, less the usual growth, or of its nearest one, and every image has equally many rows: see
+    `inreach_jax.support`.
     """
 
     rows: jax.Array  # [M, D] float32, descriptors less `centre`
@@ -82,6 +83,7 @@ class NominalBank:
     multiplicity: jax.Array  # [M] int32, kept channels that hold the patch; with a span 1
     count: jax.Array  # [] int32, rows in use
     span: jax.Array | None = None  # [] int32, realizations that must share a patch; None: any row
+    growth: jax.Array | None = None  # [] float32 >= 1, usual spread there over that at 1; None: 1
     reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are
     per_image: int = _static(0)  # [] int32, static: rows of each image where there is a span
 

@@ -23,18 +23,19 @@ def test_draws_are_what_the_pipeline_gives() -> None:
     pool = inreach_jax.extract(backbone, images, config=config, batch_size=tiny.BATCH)
     between = calibration_binary.all_distances(pool, progress=lambda *_: None)
     train, rest = np.array([5, 3, 0, 8, 1, 12, 7, 2, 10]), np.array([4, 6, 9, 11, 13])
-    span = calibration_binary._span(between, train, config=config)
+    span, growth = calibration_binary._span(between, train, config=config)
 
     descriptors = pool.select(train)
     bank = inreach_jax.fit_descriptors(descriptors, config=config)
     assert bank.span is not None
     assert span == int(bank.span)
+    assert growth == pytest.approx(float(np.asarray(bank.growth)), rel=1e-4)
     for images_, scored, leave_out in (
         (train, descriptors, True),
         (rest, pool.select(rest), False),
     ):
         image, pixel = calibration_binary.scores_of(
-            between, images_, train=train, span=span, grid=pool.grid, config=config
+            between, images_, train=train, span=span, growth=growth, grid=pool.grid, config=config
         )
         want = list(
             inreach_jax.score_descriptor_set(bank, scored, config=config, leave_out=leave_out)

@@ -340,13 +340,16 @@ def test_span_by_hand() -> None:
 def test_last_image_of_a_channel() -> None:
     # The second is nearest, the first next, and the last two are equally far.
     distance = [2.0, 1.0, 4.0, 4.0]
-    assert [oracle.spread_at(distance, span=k) for k in (1, 2, 3, 4)] == [1, 0, 2, 3]
+    assert [oracle.spread_at(distance, span=k)[0] for k in (1, 2, 3, 4)] == [1, 0, 2, 3]
     distance[1] = 0.66  # the same realization
-    assert [oracle.spread_at(distance, span=k) for k in (1, 2, 3)] == [0, 2, 3]
+    assert [oracle.spread_at(distance, span=k)[0] for k in (1, 2, 3)] == [0, 2, 3]
     distance[1] = 0.67
-    assert oracle.spread_at(distance, span=1) == 1
-    assert oracle.spread_at([0.0, 0.0, 1.0], span=1) == 0
-    assert oracle.spread_at([1.0, np.inf], span=1) == 1
+    assert oracle.spread_at(distance, span=1)[0] == 1
+    assert oracle.spread_at([0.0, 0.0, 1.0], span=1)[0] == 0
+    assert oracle.spread_at([1.0, np.inf], span=1)[0] == 1
+    distance = [2.0, 1.0, 4.0, 4.0]
+    assert oracle.spread_at(distance, span=3, growth=2) == (2, 2.0)
+    assert oracle.spread_at(distance, span=3, growth=5) == (1, 1.0)
 
 
 def test_score_is_the_distance_to_the_last_image() -> None:

@@ -761,8 +761,11 @@ def test_bank_of_all_patches_is_what_the_definitions_say(
     np.testing.assert_allclose(stored, described.reshape(stored.shape), rtol=1e-5, atol=1e-5)
 
     tested = inreach_jax.extract(backbone, unseen, config=config, batch_size=BATCH)
+    ladders = oracle.seed_distances(described, seeds=seeds, images=seeds)
+    growth = expected_span ** oracle.usual_exponent(ladders)
+    np.testing.assert_allclose(np.asarray(bank.growth), growth, rtol=1e-4)
     index, value = oracle.score_by_images(
-        np.asarray(tested.first(4), np.float64), described, span=expected_span
+        np.asarray(tested.first(4), np.float64), described, span=expected_span, growth=growth
     )
     scores = score_all(backbone, bank, unseen, config=config)
     assert (scores.nearest.reshape(index.shape) == index).mean() > 0.98  # there are near ties
@@ -936,7 +939,7 @@ def test_each_step_of_a_bank_of_all_patches_compiles_once(backbone: Backbone) ->
     steps = (
         extraction._extract_block,
         fitting._seed_distances,
-        fitting._growth_exponent,
+        fitting._growth_exponents,
         fitting._append_rows,
         pipeline._score_crops,
         pipeline._score_descriptors,

@@ -215,23 +215,27 @@ def _shared() -> Array:
     return test
 
 
-@pytest.mark.parametrize("span", [1, 2, 3])
+@pytest.mark.parametrize("span, growth", [(1, 1.0), (2, 1.0), (3, 1.0), (3, 1.15)])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_score_by_images_equals_the_oracle(span: int, offset: float) -> None:
+def test_score_by_images_equals_the_oracle(span: int, growth: float, offset: float) -> None:
     rows, test = _training() + np.float32(offset), _shared() + np.float32(offset)
     bank = bank_lib.make_bank(
-        jnp.asarray(rows.reshape(-1, DIM)), multiplicity=np.ones((12, 4), np.int32), span=span
+        jnp.asarray(rows.reshape(-1, DIM)),
+        multiplicity=np.ones((12, 4), np.int32),
+        span=span,
+        growth=growth,
     )
     value, index = _score_patches(bank, test, tile=5)
-    expected_index, expected = oracle.score_by_images(test, rows, span=span)
+    expected_index, expected = oracle.score_by_images(test, rows, span=span, growth=growth)
     assert value.dtype == jnp.float32
     assert index.dtype == jnp.int32
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     nearest = oracle.score(test, rows.reshape(-1, DIM))
     assert (expected[:, :4] > nearest[:, :4]).all()  # not to where they stand
+    expected, nearest = np.round(expected, 12), np.round(nearest, 12)
     assert (expected >= nearest).all()
-    assert span > 1 or (expected == nearest).any()
+    assert (span > 1 and growth == 1) or (expected == nearest).any()
 
 
 def test_score_by_one_image_is_that_of_the_nearest_row() -> None:

@@ -17,6 +17,7 @@ SEEDS = (0, 2, 4, 6, 8)
 
 _seed_distances = jax.jit(support.seed_distances, static_argnames="tile")
 _growth_exponent = jax.jit(support.growth_exponent)
+_usual_exponent = jax.jit(support.usual_exponent)
 _spread_at = jax.jit(support.spread_at)
 
 
@@ -222,6 +223,38 @@ def test_growth_needs_three_seeds(num_seeds: int) -> None:
         support.growth_exponent(jnp.ones((num_seeds, 4, num_seeds)))
 
 
+@pytest.mark.parametrize("num_seeds", [3, 5, 12])
+def test_usual_growth_equals_the_oracle(num_seeds: int) -> None:
+    x, seeds = _descriptors(num_seeds), np.arange(num_seeds)
+    x[1, :2] = x[0, :2]  # copies do not count
+    growth = _usual_exponent(_ladders(x, seeds, seeds))
+    expected = oracle.usual_exponent(oracle.seed_distances(x, seeds=seeds, images=seeds))
+    assert growth.dtype == jnp.float32
+    assert expected > 0.01
+    np.testing.assert_allclose(growth, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.05, 0.5])
+def test_usual_growth_is_that_of_the_middle(exponent: float) -> None:
+    # A quarter of the patches grow faster, and all have their nearest two likes much nearer.
+    first = np.random.default_rng(0).uniform(1, 9, (12, 10, 1))
+    ladders = first * np.arange(1, 13) ** (2 * exponent)
+    far = first > np.quantile(first, 0.75)
+    ladders = np.where(far, first * np.arange(1, 13) ** 9.0, ladders)
+    ladders[..., :2] /= 100
+    ladders[..., -1] = np.inf  # itself
+    np.testing.assert_allclose(
+        _usual_exponent(ladders.astype(np.float32)), exponent, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(support.usual_exponent(jnp.zeros((12, 10, 12))), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_usual_growth_needs_three_seeds(num_seeds: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 3 seeds; got {num_seeds}"):
+        support.usual_exponent(jnp.ones((num_seeds, 4, num_seeds)))
+
+
 # Span.
 
 
@@ -273,19 +306,27 @@ def _distances(num_images: int = 36, num_queries: int = 40) -> tuple[Array, Arra
     return sq_distance.astype(np.float32), row
 
 
-@pytest.mark.parametrize("span", [1, 2, 5, 9])
-def test_spread_equals_the_oracle(span: int) -> None:
+@pytest.mark.parametrize("span, growth", [(1, 1.0), (2, 1.0), (5, 1.0), (9, 1.0), (5, 1.7)])
+def test_spread_equals_the_oracle(span: int, growth: float) -> None:
     sq_distance, row = _distances()
-    value, of_value = _spread_at(sq_distance, row, span=jnp.asarray(span, jnp.int32))
+    value, of_value = _spread_at(
+        sq_distance, row, span=jnp.asarray(span, jnp.int32), growth=jnp.asarray(growth)
+    )
     assert value.dtype == jnp.float32
     assert of_value.dtype == jnp.int32
     for q, ladder in enumerate(sq_distance.T.astype(np.float64)):
-        last = oracle.spread_at(np.sqrt(ladder), span=span)
-        assert value[q] == sq_distance[last, q]
+        last, spread = oracle.spread_at(np.sqrt(ladder), span=span, growth=growth)
+        np.testing.assert_allclose(value[q], spread**2, rtol=1e-6)
         assert of_value[q] == row[last, q]
     # Both kinds of patches are there: those that stand in an image, and those that do not.
-    skipped = np.asarray(value) != np.sort(sq_distance, axis=0)[span - 1]
+    ladders = np.sort(sq_distance, axis=0)
+    skipped = ladders[0] < ladders[1] / 9
     assert 0.1 < skipped.mean() < 0.8
+    # And both kinds of spreads.
+    nearest = np.where(skipped, ladders[1], ladders[0])
+    near = np.asarray(value) == nearest
+    low, high = (1, 1) if span == 1 else (0, 0.3) if growth == 1 else (0.3, 0.9)  # there are ties
+    assert low <= near.mean() <= high
 
 
 def test_spread_grows_with_the_span() -> None:
@@ -343,8 +384,21 @@ def test_gradient_goes_to_the_distance_that_counts() -> None:
     gradient = np.asarray(jax.jit(jax.grad(total))(sq_distance))
     expected = np.zeros(sq_distance.shape)
     for q, ladder in enumerate(sq_distance.T):
-        expected[oracle.spread_at(np.sqrt(ladder), span=2), q] = 1
+        last, _ = oracle.spread_at(np.sqrt(ladder), span=2)
+        expected[last, q] = 1
     np.testing.assert_array_equal(gradient, expected)
+
+
+def test_what_nothing_resembles_is_as_odd_at_any_span() -> None:
+    # Usual spreads are twice as large at a span of 3: 1, 1.9, 2 is nothing unusual.
+    row = np.arange(12, dtype=np.int32)[:, None]
+    for near, expected in ((1.0, 1.0), (0.7, 1.0), (1.3, 1.3)):
+        distance = np.array([near, 1.9, 2, *[9.0] * 9], np.float32)[:, None]
+        value, of_value = _spread_at(
+            distance**2, row, span=jnp.asarray(3, jnp.int32), growth=jnp.asarray(2.0)
+        )
+        np.testing.assert_allclose(value, expected**2, rtol=1e-6)
+        assert of_value[0] == (0 if near > 1 else 2)
 
 
 # What it is for.

@@ -238,7 +238,7 @@ def test_spans_share_a_search_and_nothing_else(
             config=CONFIG.replace(spread_growth=growth, num_seeds=seeds), memory=memory
         )
         for growth, seeds in ((1e-9, 4), (9.0, 4), (0.3, 8))
-        for memory in ("bank", "unskipped")
+        for memory in ("bank", "unskipped", "undivided")
     }
     draws = make_draws(dataset, overlap="both", protocol=protocol)
     alone = [
@@ -256,7 +256,7 @@ def test_spans_share_a_search_and_nothing_else(
     monkeypatch.setattr(sweep, "_search", count)
     together = run(dataset, methods, draws, tmp_path / "together")
     assert len(searched) == -(-len(set(together[-1]["images"])) // BATCH)
-    assert set(searched) == {4}  # a span of 1 or 2, of all realizations or not
+    assert set(searched) == {5}  # a span of 1 or 2, of all realizations or not, grown or not
     for ours, theirs in zip(together, alone, strict=True):
         assert {**ours, **dict.fromkeys(ROUNDED)} == {**theirs, **dict.fromkeys(ROUNDED)}
         np.testing.assert_allclose(ours["image_scores"], theirs["image_scores"], rtol=1e-6)

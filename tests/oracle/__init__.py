@@ -37,6 +37,7 @@ from .support import (
     seed_distances,
     span,
     spread_at,
+    usual_exponent,
 )
 
 __all__ = [
@@ -71,4 +72,5 @@ __all__ = [
     "transpose_mse",
     "upsample",
     "upsample_bilinear",
+    "usual_exponent",
 ]
