@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from inreach_jax.datasets import demo, files, layouts
+from inreach_jax.datasets import demo, files, layouts, synthetic
 from inreach_jax.datasets.demo import DemoDataset, DemoSplit, make_demo
 
 # SHA-256 over images and masks of both splits: the set is a fixed one.
@@ -202,8 +202,10 @@ def test_other_photographs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(demo._DIGESTS, "brick", "0" * 64)
     with pytest.raises(OSError, match=r"brick\.png is not the photograph .*reinstall scikit-image"):
         make_demo("brick", num_train=1, num_test=1)
-    monkeypatch.setattr(demo.importlib.resources, "files", lambda _: pathlib.Path("nowhere"))
-    with pytest.raises(OSError, match=r"photograph of brick.* is missing .*reinstall scikit-image"):
+    monkeypatch.setattr(synthetic.importlib.resources, "files", lambda _: pathlib.Path("nowhere"))
+    with pytest.raises(
+        OSError, match=r"photograph brick\.png.* is missing .*reinstall scikit-image"
+    ):
         make_demo("brick", num_train=1, num_test=1)
 
 

@@ -15,33 +15,31 @@ arguments give the same pixels, whichever images are made, and in whatever order
 
 import dataclasses
 import functools
-import hashlib
-import importlib.resources
 import pathlib
 
 import numpy as np
 
-from inreach_jax.datasets import files
+from inreach_jax.datasets import files, layouts, synthetic
 from inreach_jax.datasets.splits import GOOD, Dataset, Split
 
 CATEGORIES = ("brick", "grass", "gravel")
 DEFECTS = ("blot", "cut_paste", "missing_part", "scratch")
 MIN_SIZE, MAX_SIZE = 64, 160
+SOURCES = {
+    "brick": "https://cc0textures.com/view.php?tex=Bricks25",
+    "grass": "https://www.deviantart.com/linolafett/art/Grass-01-434853879",
+    "gravel": "https://cc0textures.com/view.php?tex=Gravel04",
+}
 
 # [height, width] of the photographs, and the columns of the strip that test crops come from.
 _SIDE = 512
 _TEST_COLUMNS = (176, 336)
 
-# SHA-256 of the pixels: other photographs would be another demonstration set.
+# SHA-256 of the photographs' pixels.
 _DIGESTS = {
-    "brick": "664a145c5253f0d66db1a12776785f0ea35a44cc7447ffc933f6d6118dc58643",
-    "grass": "b18dae4c68bf850a7a7b28a29d1846c76be890665117b57fd125fe29c4d4ede6",
-    "gravel": "3d51ad45f789cd8b98534b7af6bce774e499ead45421135afd757358c7230009",
-}
-_SOURCES = {
-    "brick": "https://cc0textures.com/view.php?tex=Bricks25",
-    "grass": "https://www.deviantart.com/linolafett/art/Grass-01-434853879",
-    "gravel": "https://cc0textures.com/view.php?tex=Gravel04",
+    "brick": "3501e216fb0968c378803347d3a13e3cc04021eaecc44b64c6528088c7ea0f64",
+    "grass": "c7ca5c984d6b5a2787506e70a42bcac22b164b00e8e1cf9e06cf76b8110c5734",
+    "gravel": "e73bd88250cbfd7f96f232357ecad0d2302252483457337f5cf79d2c5b82227a",
 }
 
 
@@ -160,10 +158,7 @@ def write_demo(
       OSError: files cannot be written, or scikit-image's photographs not be read.
     """
     root = pathlib.Path(directory)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(
-            f"directory {root} exists and is not empty; remove it or name another"
-        )
+    files.require_empty(root)
     # All is made before anything is written, so that bad arguments leave nothing behind.
     datasets = [
         make_demo(
@@ -178,17 +173,17 @@ def write_demo(
     ]
     root.mkdir(parents=True, exist_ok=True)
     for dataset in datasets:
+        folder = root / dataset.name
         for split in (dataset.train, dataset.test):
             for name, label, image, mask in zip(
                 split.names, split.labels, split.images, split.masks, strict=True
             ):
-                path = pathlib.PurePosixPath(dataset.name, name)
-                _write(root / path, image[..., 0])
-                if split is dataset.train:
-                    _write(root / dataset.name / "train_truth" / f"{path.stem}_mask.png", mask)
-                elif label != GOOD:
-                    folder = root / dataset.name / "ground_truth" / label
-                    _write(folder / f"{path.stem}_mask.png", mask)
+                known = split is dataset.test and label != GOOD
+                layouts.write_example(folder, name, image[..., 0], mask=mask if known else None)
+        truth = folder / "train_truth"
+        truth.mkdir()
+        for name, mask in zip(dataset.train.names, dataset.train.masks, strict=True):
+            files.write_png(truth / f"{pathlib.PurePosixPath(name).stem}_mask.png", mask)
     num_defective = int(datasets[0].train.anomalous.sum())
     readme = _README.format(
         num_train=num_train,
@@ -197,7 +192,7 @@ def write_demo(
         contamination=contamination,
         size=size,
         seed=seed,
-        sources="\n".join(f"- {name}: {url}" for name, url in _SOURCES.items()),
+        sources="\n".join(f"- {name}: {url}" for name, url in SOURCES.items()),
     )
     (root / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 
@@ -219,11 +214,6 @@ The photographs come with scikit-image and are in the public domain (CC0):
 
 {sources}
 """
-
-
-def _write(path: pathlib.Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_png(path, pixels)
 
 
 def _take_turns(num: int) -> list[str]:
@@ -249,7 +239,7 @@ def _make_split(
     boxes = np.empty((len(names), 4), np.int32)
     for i, label in enumerate(labels):
         rng = _generator(seed, category, split, i)
-        originals[i], boxes[i] = _crop(rng, category, split, size)
+        originals[i], boxes[i] = draw_crop(rng, category, split, size=size)
         damaged, support = originals[i].astype(np.int64), np.zeros((size, size), bool)
         if label != GOOD:
             damaged, support = _paint(rng, label, damaged, category, split)
@@ -271,44 +261,40 @@ def _grey_to_rgb(images: np.ndarray) -> np.ndarray:
 @functools.cache
 def _photograph(category: str) -> np.ndarray:
     """[512, 512] int64, greyscale in [0, 255]; not to be written to."""
-    hint = "reinstall scikit-image, 0.26 or newer"
-    try:
-        resource = importlib.resources.files("skimage") / "data" / f"{category}.png"
-        with importlib.resources.as_file(resource) as path:
-            photograph = files.read_image(path)[..., 0]
-    except (ImportError, FileNotFoundError) as error:
-        raise OSError(
-            f"scikit-image's photograph of {category}, which the demonstration set is made from, "
-            f"is missing ({error}); {hint}"
-        ) from error
-    if hashlib.sha256(photograph.tobytes()).hexdigest() != _DIGESTS[category]:
-        raise OSError(
-            f"{path} is not the photograph that the demonstration set is made from; {hint}"
-        )
-    photograph = photograph.astype(np.int64)
+    grey = synthetic.read_photograph(f"{category}.png", digest=_DIGESTS[category])[..., 0]
+    photograph = grey.astype(np.int64)
     photograph.flags.writeable = False
     return photograph
 
 
-def _crop(
-    rng: np.random.Generator, category: str, split: str, size: int
+def draw_crop(
+    rng: np.random.Generator, category: str, split: str, *, size: int
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """A crop [size, size] uint8 in slightly varied light, and its box."""
-    start, stop = _TEST_COLUMNS
-    if split == "train":
-        start, stop = ((0, start), (stop, _SIDE))[rng.integers(2)]
-    top = int(rng.integers(_SIDE - size + 1))
-    left = int(rng.integers(start, stop - size + 1))
-    crop = _photograph(category)[top : top + size, left : left + size]
-    if rng.integers(2):
-        crop = crop[:, ::-1]
-    if rng.integers(2):
-        crop = crop[::-1]
-    if category != "brick" and rng.integers(2):  # courses of bricks run one way
-        crop = crop.T
+    """A crop of a photograph in slightly varied light.
+
+    Args:
+      rng: What is random comes from it.
+      category: One of `CATEGORIES`.
+      split: "train" or "test": the part of the photograph that it is cut from.
+      size: Height and width in pixels, in [64, 160].
+
+    Returns:
+      The crop [size, size] uint8, and its box as in `DemoSplit`.
+
+    Raises:
+      OSError: scikit-image's photograph is missing, or is another.
+    """
+    photograph = _photograph(category)
+    box = synthetic.draw_window(rng, photograph, split, test_columns=_TEST_COLUMNS, size=size)
+    top, left, bottom, right = box
+    crop = synthetic.draw_mirrored(
+        rng,
+        photograph[top:bottom, left:right],
+        transpose=category != "brick",  # courses of bricks run one way
+    )
     gain, offset = rng.integers(236, 277), rng.integers(-6, 7)
     crop = ((crop - 128) * gain + 128) // 256 + 128 + offset + rng.integers(-2, 3, crop.shape)
-    return np.clip(crop, 0, 255).astype(np.uint8), (top, left, top + size, left + size)
+    return np.clip(crop, 0, 255).astype(np.uint8), box
 
 
 def _paint(
@@ -317,9 +303,9 @@ def _paint(
     """The damaged surface [size, size], and where it differs from `surface`."""
     size = len(surface)
     if label == "scratch":
-        opacity, filling = _scratch(rng, surface)
+        opacity, filling = synthetic.scratch(rng, surface)
     else:
-        opacity = _blob(rng, size)
+        opacity = synthetic.blob(rng, size=size)
         mean = int((surface * opacity).sum() // opacity.sum())
         if label == "blot":
             # Stains let the texture through.
@@ -331,72 +317,17 @@ def _paint(
             # Nothing but shade where the surface was.
             shade = mean - rng.integers(12, 50)
             grain = rng.integers(-3, 4, (size, size))
-            filling = shade + (_noise(rng, size, size // 4) - 128) // 16 + grain
+            noise = synthetic.smooth_noise(rng, size=size, cell=size // 4)
+            filling = shade + (noise - 128) // 16 + grain
         else:
             others = [other for other in CATEGORIES if other != category]
             other = others[rng.integers(len(others))]
-            patch = _crop(rng, other, split, size)[0].astype(np.int64)
+            patch = draw_crop(rng, other, split, size=size)[0].astype(np.int64)
             patch_mean = int((patch * opacity).sum() // opacity.sum())
             filling = patch - patch_mean + mean + rng.integers(-20, 21)
-    margin = size // 16
-    inner = np.zeros((size, size), bool)
-    inner[margin : size - margin, margin : size - margin] = True
-    opacity = np.where(inner & (opacity >= 64), opacity, 0)  # fainter is not to be called damage
+    opacity = synthetic.confine(opacity)
     damaged = np.clip((surface * (256 - opacity) + filling * opacity + 128) // 256, 0, 255)
     # A filling may happen to have the surface's value: the mask has no such holes.
     nudged = np.where(surface < 255, surface + 1, 254)
     support = opacity > 0
     return np.where(support & (damaged == surface), nudged, damaged), support
-
-
-def _scratch(rng: np.random.Generator, surface: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Opacity [size, size] in [0, 256] of a curved stroke, and its brightness [size, size]."""
-    size = len(surface)
-    unit = 16  # points per pixel
-    low, high = size * unit // 8, size * unit * 7 // 8
-    steps = 2 * size
-    while True:
-        ends = rng.integers(low, high, (3, 2))  # of a quadratic Bezier curve, and its handle
-        length = int(((ends[2] - ends[0]) ** 2).sum())
-        if (size * unit // 4) ** 2 <= length <= (size * unit * 11 // 16) ** 2:
-            break
-    ends[1] = (ends[0] + ends[1] + ends[2]) // 3
-    t = np.arange(steps + 1)[:, None]
-    curve = ends[0] * (steps - t) ** 2 + 2 * ends[1] * t * (steps - t) + ends[2] * t**2
-    curve = curve // steps**2
-    # The stroke swells to its middle: half width in points, growing with the size of the crop.
-    widest = rng.integers(20, 36) * size // 128
-    half_width = (widest * (steps**2 + 4 * t * (steps - t)) // (2 * steps**2))[:, 0]
-    pixels = np.arange(size) * unit + unit // 2
-    nearest = np.full((size, size), np.iinfo(np.int64).max)
-    for (y, x), radius in zip(curve, half_width, strict=True):
-        square = (pixels[:, None] - y) ** 2 + (pixels[None, :] - x) ** 2
-        nearest = np.minimum(nearest, 256 * square // radius**2)
-    opacity = np.clip(448 - nearest, 0, 256)
-    opacity = opacity * (176 + _noise(rng, size, size // 8) * 80 // 256) // 256
-    mean = int((surface * opacity).sum() // opacity.sum())
-    # Blades of grass and edges of stones are light: a scratch has to be lighter to be seen.
-    brightness = mean + rng.integers(105, 146) if rng.integers(2) else mean - rng.integers(55, 110)
-    return opacity, np.full((size, size), np.clip(brightness, 0, 255))
-
-
-def _blob(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Opacity [size, size] int64 in [0, 256] of an irregular spot."""
-    # An ellipse along (p, q), its squared radius in units of the squared short half axis / 256.
-    p, q = rng.integers(1, 8, 2) * (2 * rng.integers(0, 2, 2) - 1)
-    short = rng.integers(size * 8 // 100, size * 15 // 100 + 1)
-    ratio = rng.integers(8, 17)  # of the axes, in sixteenths
-    y, x = np.indices((size, size)) - rng.integers(size * 5 // 16, size * 11 // 16, (2, 1, 1))
-    across, along = (q * y - p * x) * 16, (p * y + q * x) * ratio
-    square = (across**2 + along**2) // (p * p + q * q)
-    field = 256 - square // short**2 + (_noise(rng, size, size // 8) - 128) * 3 // 2
-    return np.clip(field * rng.integers(2, 7), 0, 256)
-
-
-def _noise(rng: np.random.Generator, size: int, cell: int) -> np.ndarray:
-    """Smooth noise [size, size] int64 in [0, 255]: random values, interpolated between nodes."""
-    nodes = size // cell + 2
-    lattice = rng.integers(0, 256, (nodes, nodes))
-    index, weight = np.divmod(np.arange(size), cell)
-    rows = lattice[index] * (cell - weight)[:, None] + lattice[index + 1] * weight[:, None]
-    return (rows[:, index] * (cell - weight) + rows[:, index + 1] * weight) // cell**2

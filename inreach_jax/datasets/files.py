@@ -165,6 +165,19 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path, format="PNG", compress_level=6)
 
 
+def require_empty(directory: Path) -> None:
+    """Checks that nothing is where a data set is to be written: it is empty, or not there yet.
+
+    Raises:
+      FileExistsError: something is there.
+    """
+    root = pathlib.Path(directory)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(
+            f"directory {root} exists and is not empty; remove it or name another"
+        )
+
+
 def list_images(directory: Path) -> tuple[pathlib.Path, ...]:
     """The image files of a folder, sorted by name.
 

@@ -157,6 +157,29 @@ def load_category(data_dir: files.Path, category: str, *, layout: str | None = N
     return Dataset(name=category, train=scan.split(train), test=scan.split(test))
 
 
+def write_example(
+    directory: files.Path, name: str, image: np.ndarray, *, mask: np.ndarray | None = None
+) -> None:
+    """Writes an image, and its mask if it has one, where MVTec AD's layout has them.
+
+    Args:
+      directory: Of the category; made if need be, as the folders in it.
+      name: Path in it with slashes, as in "test/scratch/000.png".
+      image: [H, W] or [H, W, 3] uint8.
+      mask: [H, W] uint8; None for a good image.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    path = pathlib.Path(directory, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_png(path, image)
+    if mask is not None:
+        folder = pathlib.Path(directory, "ground_truth", path.parent.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_png(folder / f"{path.stem}_mask.png", mask)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Item:
     path: pathlib.Path
