@@ -178,8 +178,7 @@ def spread_at(
     """
     limit = span_limit(num_images=len(sq_distance)) + 1
     negated, image = lax.top_k(-sq_distance.T, limit)
-    # Squared like the distances. Where both are infinite there is nothing to skip.
-    same = negated[:, 0] > same_realization**2 * negated[:, 1]
+    same = is_same(-negated[:, 0], -negated[:, 1], same_realization=same_realization)
     last = jnp.where(same, span, span - 1)[:, None]
     image = jnp.take_along_axis(image, last, axis=1)
     spread = -jnp.take_along_axis(negated, last, axis=1)[:, 0]
@@ -189,3 +188,22 @@ def spread_at(
         jnp.where(unknown, jnp.nan, spread),
         jnp.take_along_axis(row.T, image, axis=1)[:, 0],
     )
+
+
+def is_same(
+    first: jax.Array,
+    second: jax.Array,
+    *,
+    same_realization: float | jax.Array = SAME_REALIZATION,
+) -> jax.Array:
+    """Whether the nearest realization is taken for that of the patch itself.
+
+    Args:
+      first: [Q] float32, squared distance to the nearest realization.
+      second: [Q] float32, to the next one.
+      same_realization: As for `spread_at`.
+
+    Returns:
+      [Q] bool. Where both are infinite there is nothing to skip.
+    """
+    return first < same_realization**2 * second  # squared like the distances
