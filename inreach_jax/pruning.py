@@ -59,20 +59,21 @@ class Sizes:
       full: Queries that are searched in full together.
     """
 
-    block: int = 4
-    shelf: int = 64
-    tile: int = 1568
+    block: int = 8
+    shelf: int = 32
+    tile: int = 784
     chunk: int = 1024
     first: int = 2
     step: int = 4
     group: int = 64
     limit: int = 128
-    full: int = 256
+    full: int = 64
 
 
 def default_dims(*, dim: int) -> int:
     """Directions that heads of rows with so many dimensions keep unless told otherwise."""
-    return min(dim, max(32, -(-dim // 4 // 32) * 32))
+    # A quarter, and as many again as bounds of few dimensions lack; heads are then 32 n wide.
+    return min(dim, -(-(dim // 4 + 32) // 32) * 32 - 1)
 
 
 def make_basis(rows: jax.Array, *, dims: int, axes: sharding.Axes = ()) -> jax.Array:
