@@ -171,10 +171,7 @@ def _index(
         valid = jnp.arange(rows.shape[0], dtype=jnp.int32) + first < count
         basis = pruning.make_basis(rows, dims=dims, axes=axes)
         heads, norm, loose = pruning.make_heads(rows, basis, valid=valid, precision=precision)
-        # NaN must show, which the exchange of a minimum need not keep.
-        slack = jnp.max(loose)
-        slack = jnp.where(jnp.isnan(slack), jnp.inf, slack)
-        slack = -sharding.least(-slack, axes)
+        slack = -sharding.least(-pruning.largest(loose), axes)
         return BankIndex(basis=basis, heads=heads, norm=norm, slack=slack)
 
     specs: Any = BankIndex(basis=whole, heads=split, norm=split, slack=whole)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ Every search follows the same rules.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from inreach_jax import sharding
@@ -102,26 +103,45 @@ def nearest(
         q = q - c
     q_norm = sq_norm(q)
 
-    def search(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    Carry = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+    def search(i: jax.Array, carry: Carry) -> Carry:
+        best, unknown = carry
         start = jnp.minimum(i * tile, num_rows - tile)
         block = lax.dynamic_slice_in_dim(r, start, tile)
         if c is not None:
             block = block - c
-        relative = sq_norm(block)[:, None] - 2 * _product(block, q, precision)
+        norm = sq_norm(block)
+        relative = norm[:, None] - 2 * _product(block, q, precision)
+        is_nan, label = jnp.isnan(norm), jnp.zeros_like(norm, jnp.int32)
         if valid is not None:  # not the norm alone: products with rows out of use may be NaN
             usable = lax.dynamic_slice_in_dim(valid, start, tile)
             relative = jnp.where(usable[:, None], relative, jnp.inf)
+            is_nan &= usable
         if labels is not None and query_label is not None:
-            row_label = lax.dynamic_slice_in_dim(labels[1], start, tile)
-            relative = jnp.where(row_label[:, None] == query_label[None, :], jnp.inf, relative)
+            label = lax.dynamic_slice_in_dim(labels[1], start, tile)
+            relative = jnp.where(label[:, None] == query_label[None, :], jnp.inf, relative)
         value, index = lowest(relative, axis=0)
-        return _closer(best, (value, index + start))
+        # The labels of NaN rows, from the least to the greatest. A minimum alone may lose NaN.
+        unknown = (
+            jnp.minimum(unknown[0], jnp.min(jnp.where(is_nan, label, most.max))),
+            jnp.maximum(unknown[1], jnp.max(jnp.where(is_nan, label, most.min))),
+        )
+        return _closer(best, (value, index + start)), unknown
 
     varying = q_norm + r[0, 0] if valid is None else jnp.where(valid[0], q_norm, r[0, 0])
     if labels is not None and query_label is not None:
         varying = jnp.where(labels[1][0] == query_label, varying, r[0, 0])
-    init = _like(varying, jnp.inf, jnp.float32), _like(varying, 0, jnp.int32)
-    value, index = lax.fori_loop(0, num_tiles, search, init)
+    most = np.iinfo(np.int32)
+    init = (
+        (_like(varying, jnp.inf, jnp.float32), _like(varying, 0, jnp.int32)),
+        (_like(varying[0], most.max, jnp.int32), _like(varying[0], most.min, jnp.int32)),
+    )
+    (value, index), (least, greatest) = lax.fori_loop(0, num_tiles, search, init)
+    unknown = least <= greatest
+    if query_label is not None:
+        unknown &= (least != query_label) | (greatest != query_label)
+    value = jnp.where(unknown, jnp.nan, value)
     exact = squared_distance(queries, jnp.take(rows, index, axis=0))
     # Infinite where no row is valid, and NaN as explained above.
     exact = jnp.where(jnp.isfinite(value), exact, value + q_norm)

@@ -298,11 +298,12 @@ def _search(
 ) -> _Search:
     short, norm, loose = heads
     longest = jnp.sqrt(jnp.max(norm))
+    loose = largest(loose)
     if valid is not None:
         norm = jnp.where(valid, norm, jnp.inf)
     # Whole shelves of whole blocks, by padding only where it cannot be helped.
     num_blocks = -(-rows.shape[0] // sizes.block)
-    whole = [n for n in range(sizes.shelf // 2, sizes.shelf + 1) if num_blocks % n == 0]
+    whole = [n for n in range(max(1, sizes.shelf // 2), sizes.shelf + 1) if num_blocks % n == 0]
     shelf = max(whole, default=min(sizes.shelf, num_blocks))
     missing = -rows.shape[0] % (sizes.block * shelf)
     if missing:
@@ -312,7 +313,7 @@ def _search(
             None if x is None else jnp.pad(x, (0, missing)) for x in (valid, row_label)
         )
     return _Search(
-        rows=rows, basis=basis, heads=short, norm=norm, longest=longest, loose=jnp.max(loose),
+        rows=rows, basis=basis, heads=short, norm=norm, longest=longest, loose=loose,
         valid=valid, row_label=row_label, shelf=shelf, sizes=sizes, **options,
     )  # fmt: skip
 
@@ -502,6 +503,11 @@ def _look(
     value = jnp.concatenate([slots[0], jnp.where(usable, value.T, jnp.inf)])
     row = jnp.concatenate([slots[1], row])
     return nearest_of(value, row, per_image=search.per_image, num=search.num)
+
+
+def largest(loose: jax.Array) -> jax.Array:
+    """The maximum [] of how far heads may be off; infinite where one is NaN."""
+    return jnp.where(jnp.any(jnp.isnan(loose)), jnp.inf, jnp.max(loose))
 
 
 def nearest_of(
