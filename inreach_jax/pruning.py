@@ -34,6 +34,9 @@ from jax import lax
 
 from inreach_jax import distances, sharding
 
+BOUND_BYTES = 2**27
+"""Of bounds at a time, which is most of what the search needs beside its inputs."""
+
 _UNIT = 2.0**-23
 """Twice the rounding of float32, for products that are nearly as precise."""
 
@@ -200,7 +203,8 @@ def nearest(
         rows, basis, heads, valid=valid, row_label=row_label, per_image=per_image, span=span,
         num=num, same_image=same_image, sizes=sizes,
     )  # fmt: skip
-    num_chunks = -(-num_queries // sizes.chunk)
+    limit = max(sizes.group, min(sizes.chunk, BOUND_BYTES * sizes.block // (4 * rows.shape[0])))
+    num_chunks = -(-num_queries // limit)
     chunk = -(-num_queries // num_chunks)
 
     def of_chunk(i: jax.Array, found: _Found) -> _Found:
