@@ -193,8 +193,8 @@ def nearest(
 
     Returns:
       Squared distances [Q, num] float32, ascending, of which those that decide are exact, infinite
-      where there are not as many images; the rows' indices [Q, num] int32; and whether bounds
-      proved them [Q] bool. Where not, the query was searched in full. No gradients.
+      where there are not as many images; the rows' indices [Q, num] int32; and how many blocks
+      were opened to prove them [Q] int32, -1 where the query was searched in full. No gradients.
     """
     queries, rows, basis, heads = lax.stop_gradient((queries, rows, basis, heads))
     num_queries = queries.shape[0]
@@ -213,12 +213,12 @@ def nearest(
         def part(x: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(x, start, chunk)
 
-        (value, row), proved = _of_chunk(
+        (value, row), opened = _of_chunk(
             search, part(queries), None if label is None else part(label)
         )
         return tuple(
             lax.dynamic_update_slice_in_dim(whole, new, start, axis=0)
-            for whole, new in zip(found, (value.T, row.T, proved), strict=True)
+            for whole, new in zip(found, (value.T, row.T, opened), strict=True)
         )
 
     like = queries[0, 0] + search.loose
@@ -227,34 +227,59 @@ def nearest(
     init = (
         _fill((num_queries, num), like, jnp.inf, jnp.float32),
         _fill((num_queries, num), like, 0, jnp.int32),
-        _fill((num_queries,), like, False, jnp.bool),
+        _fill((num_queries,), like, 0, jnp.int32),
     )
-    value, row, proved = lax.fori_loop(0, num_chunks, of_chunk, init)
-    size = min(sizes.full, num_queries)
-    order = jnp.argsort(proved).astype(jnp.int32)
-    num_open = jnp.sum(~proved, dtype=jnp.int32)
+    value, row, opened = lax.fori_loop(0, num_chunks, of_chunk, init)
+    value, row = _complete(search, (value.T, row.T), opened, queries, label, tile=tile)
+    return value.T, row.T, opened
 
-    def in_full(state: tuple[jax.Array, _Slots]) -> tuple[jax.Array, _Slots]:
-        i, found = state
-        who = lax.dynamic_slice_in_dim(order, jnp.minimum(i * size, num_queries - size), size)
-        new = _nearest_in_full(
-            search,
-            jnp.take(queries, who, axis=0),
-            None if label is None else jnp.take(label, who),
-            tile=tile,
-        )
-        kept = jnp.take(proved, who)[:, None]
-        value, row = (
-            old.at[who].set(jnp.where(kept, jnp.take(old, who, axis=0), x.T))
-            for old, x in zip(found, new, strict=True)
-        )
-        return i + 1, (value, row)
 
-    start = jnp.zeros_like(num_open)
-    _, (value, row) = lax.while_loop(
-        lambda state: state[0] * size < num_open, in_full, (start, (value, row))
-    )
-    return value, row, proved
+def mutual_nearest(
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    basis: jax.Array,
+    heads: tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    tile: int = distances.DEFAULT_TILE,
+    sizes: Sizes = Sizes(block=4),
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The nearest row of each side to each row of the other, as `distances.mutual_nearest`.
+
+    The heads are multiplied once, for both directions.
+
+    Args:
+      a: [A, D] float32.
+      b: [B, D] float32.
+      basis: [D, d] float32, from `make_basis`.
+      heads: Of a and of b, from `make_heads`.
+      tile: As for `nearest`.
+      sizes: Likewise; a chunk is all rows.
+
+    Returns:
+      nearest_b [A] int32 and nearest_a [B] int32; and how many blocks were opened to prove them
+      [A] int32 and [B] int32, -1 where a row was searched in full.
+    """
+    a, b, basis, heads = lax.stop_gradient((a, b, basis, heads))
+    of_a, of_b = (
+        _search(
+            rows, basis, part, valid=None, row_label=None, per_image=0, span=None, num=1,
+            same_image=0.0, sizes=sizes,
+        )
+        for rows, part in zip((a, b), heads, strict=True)
+    )  # fmt: skip
+    product = _multiply(of_a.heads, -2 * of_b.heads, precision=of_a.precision)
+
+    def search(
+        of_rows: _Search, queries: jax.Array, part: Any, product: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        bounds, shelves = _lowest_bounds(of_rows, of_rows.norm[:, None] + product)
+        slots, opened = _resolve(of_rows, queries, None, part[1], part[2], bounds, shelves)
+        _, row = _complete(of_rows, slots, opened, queries, None, tile=tile)
+        return row[0], opened
+
+    nearest_b, opened_b = search(of_b, a, heads[0], product[: len(a)].T)
+    nearest_a, opened_a = search(of_a, b, heads[1], product[:, : len(b)])
+    return (nearest_b, nearest_a), (opened_b, opened_a)
 
 
 _Slots = tuple[jax.Array, jax.Array]
@@ -325,14 +350,27 @@ def _search(
 def _of_chunk(
     search: _Search, queries: jax.Array, label: jax.Array | None
 ) -> tuple[_Slots, jax.Array]:
-    """The nearest images of a chunk of queries, and whether they are proved [Q]."""
-    sizes, num = search.sizes, queries.shape[0]
+    """The nearest images of a chunk of queries, and the blocks opened for each, or -1."""
     short, norm, loose = make_heads(queries, search.basis, precision=search.precision)
     bounds, shelves = _bounds(search, short, label)
+    return _resolve(search, queries, label, norm, loose, bounds, shelves)
+
+
+def _resolve(
+    search: _Search,
+    queries: jax.Array,
+    label: jax.Array | None,
+    norm: jax.Array,
+    loose: jax.Array,
+    bounds: jax.Array,
+    shelves: jax.Array,
+) -> tuple[_Slots, jax.Array]:
+    """Opens blocks until bounds prove the nearest images: those, and how many blocks, or -1."""
+    sizes, num = search.sizes, queries.shape[0]
     # What rounding may add to a bound: to the heads themselves, and to their product.
     loose += search.loose
     error = jnp.square(jnp.sqrt(norm) + search.longest)
-    error *= (short.shape[1] + 16) * _UNIT
+    error *= (search.heads.shape[1] + 16) * _UNIT
 
     def enough(slots: _Slots, who: jax.Array) -> jax.Array:
         """[G], what the closed bounds must exceed. A bound lacks the query's own norm."""
@@ -371,6 +409,7 @@ def _of_chunk(
     slots = lax.fori_loop(0, -(-num // size), look_first, slots)
     limit = enough(slots, everyone)
     proved = jnp.min(state[0], axis=0) > limit
+    count = jnp.where(proved, sizes.first, -1)
     # Queries with similarly much to look through are worked on together.
     needed = jnp.sum(state[0] < limit[None, :], axis=0, dtype=jnp.int32)
     unknown = jnp.isinf(limit)  # too few images were seen to tell
@@ -381,7 +420,7 @@ def _of_chunk(
     def of_group(
         carry: tuple[jax.Array, _Slots, jax.Array],
     ) -> tuple[jax.Array, _Slots, jax.Array]:
-        i, slots, proved = carry
+        i, slots, count = carry
         who = lax.dynamic_slice_in_dim(order, jnp.minimum(i * size, num - size), size)
         works = jnp.take(pending, who)
         start = (
@@ -402,15 +441,46 @@ def _of_chunk(
             done = jnp.min(state[0], axis=0) > enough(part, who)
             return times + sizes.step, state, part, done
 
-        _, _, part, done = lax.while_loop(go_on, open_more, start)
-        return i + 1, _put(slots, who, part), proved.at[who].set(done)
+        times, _, part, done = lax.while_loop(go_on, open_more, start)
+        done = jnp.where(done, sizes.first + times, -1)
+        return i + 1, _put(slots, who, part), count.at[who].set(done)
 
-    _, slots, proved = lax.while_loop(
+    _, slots, count = lax.while_loop(
         lambda carry: carry[0] * size < num_pending,
         of_group,
-        (jnp.zeros_like(num_pending), slots, proved),
+        (jnp.zeros_like(num_pending), slots, count),
     )
-    return slots, proved
+    return slots, count
+
+
+def _complete(
+    search: _Search,
+    slots: _Slots,
+    opened: jax.Array,
+    queries: jax.Array,
+    label: jax.Array | None,
+    *,
+    tile: int,
+) -> _Slots:
+    """Searches in full what is not proved, in groups."""
+    num = queries.shape[0]
+    size = min(search.sizes.full, num)
+    order = jnp.argsort(opened >= 0).astype(jnp.int32)
+    num_open = jnp.sum(opened < 0, dtype=jnp.int32)
+
+    def of_group(carry: tuple[jax.Array, _Slots]) -> tuple[jax.Array, _Slots]:
+        i, slots = carry
+        who = lax.dynamic_slice_in_dim(order, jnp.minimum(i * size, num - size), size)
+        of_q = None if label is None else jnp.take(label, who)
+        value, row = _nearest_in_full(search, jnp.take(queries, who, axis=0), of_q, tile=tile)
+        old, kept = _columns(slots, who), jnp.take(opened >= 0, who)[None, :]
+        part = jnp.where(kept, old[0], value), jnp.where(kept, old[1], row)
+        return i + 1, _put(slots, who, part)
+
+    _, slots = lax.while_loop(
+        lambda carry: carry[0] * size < num_open, of_group, (jnp.zeros_like(num_open), slots)
+    )
+    return slots
 
 
 def _bounds(
@@ -434,8 +504,7 @@ def _bounds(
         if label is not None and search.row_label is not None:
             same = rows_of(search.row_label)[:, None] == label[None, :]
             bound = jnp.where(same, jnp.inf, bound)
-        of_block = jnp.min(bound.reshape(-1, sizes.block, num), axis=1)
-        of_shelf = jnp.min(of_block.reshape(tile, search.shelf, num), axis=1)
+        of_block, of_shelf = _lowest_bounds(search, bound)
         bounds, shelves = carry
         return (
             lax.dynamic_update_slice_in_dim(bounds, of_block, start * search.shelf, axis=0),
@@ -454,6 +523,13 @@ def _bounds(
             _fill((num_shelves, num), like, jnp.inf, jnp.float32),
         ),
     )
+
+
+def _lowest_bounds(search: _Search, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[n, Q], of the rows of whole shelves -> of each block, and of each shelf."""
+    num = bound.shape[1]
+    of_block = jnp.min(bound.reshape(-1, search.sizes.block, num), axis=1)
+    return of_block, jnp.min(of_block.reshape(-1, search.shelf, num), axis=1)
 
 
 def _open(
