@@ -163,7 +163,7 @@ def bank_specs(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
         specs: dict[str, Any] = {
             field.name: sharding.split(mesh) if field.name in per_row else sharding.whole()
             for field in dataclasses.fields(part)
-            if isinstance(getattr(part, field.name), jax.Array | np.ndarray)
+            if hasattr(getattr(part, field.name), "shape")
         }
         return dataclasses.replace(part, **specs)
 
