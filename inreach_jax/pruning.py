@@ -73,6 +73,10 @@ class Sizes:
     full: int = 64
 
 
+FEW_ROWS = Sizes(block=2, shelf=8, step=3, group=32)
+"""For as many rows as an image has patches, where fewest multiplications count."""
+
+
 def default_dims(*, dim: int) -> int:
     """Directions that heads of rows with so many dimensions keep unless told otherwise."""
     # A quarter, and as many again as bounds of few dimensions lack; heads are then 32 n wide.
@@ -241,7 +245,7 @@ def mutual_nearest(
     basis: jax.Array,
     heads: tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
     tile: int = distances.DEFAULT_TILE,
-    sizes: Sizes = Sizes(block=4),
+    sizes: Sizes = FEW_ROWS,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """The nearest row of each side to each row of the other, as `distances.mutual_nearest`.
 
