@@ -79,6 +79,18 @@ def test_equals_the_oracle(
 
 
 @pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
+def test_descriptors_of_an_image(golden: Any, precision: lax.Precision) -> None:
+    # FAST on a CPU is what it is elsewhere: heads are rounded to bfloat16 before any product.
+    descriptors = np.ascontiguousarray(golden("official_screw_eval")["descriptors"][0].T)
+    descriptors -= descriptors.mean(axis=0)
+    some = np.random.default_rng(0).permutation(len(descriptors))
+    queries, rows = descriptors[some[:184]], descriptors[some[184:]]
+    _, row, proved = _nearest(queries, rows, dims=127, precision=precision)
+    np.testing.assert_array_equal(row[:, 0], oracle.nearest(queries, rows)[0])
+    assert proved.mean() > 0.8
+
+
+@pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("dims", [1, 7, 16])
 def test_heads_are_never_farther_apart_than_rows(
