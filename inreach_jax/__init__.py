@@ -4,6 +4,7 @@ The training images may themselves contain anomalies, and nobody labels anything
 """
 
 from inreach_jax.backbones import BACKBONES, Backbone, load_backbone
+from inreach_jax.bank import index_bank
 from inreach_jax.calibration import calibrate, p_values, threshold
 from inreach_jax.checkpoint import (
     FitJournal,
@@ -38,6 +39,7 @@ __all__ = [
     "extract",
     "fit",
     "fit_descriptors",
+    "index_bank",
     "load_backbone",
     "load_exported",
     "make_score_fn",

@@ -1,10 +1,13 @@
 """Seeds x images -> mutual nearest neighbours -> which channel each patch joins."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from inreach_jax import distances
+from inreach_jax import distances, pruning
 from inreach_jax.config import InReachConfig
 from inreach_jax.types import UNMATCHED, Association, Members
 
@@ -15,6 +18,7 @@ def associate(
     *,
     image_index: jax.Array,
     config: InReachConfig,
+    dims: int | None = None,
     tile: int = distances.DEFAULT_TILE,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> Association:
@@ -28,14 +32,17 @@ def associate(
       image_index: [B] int32, which training images they are. An image is not compared with
         itself.
       config: Uses `pairs`.
+      dims: In [1, D], to multiply heads of so many dimensions and to prove that nothing else is
+        nearer (`inreach_jax.pruning`), which takes fewer multiplications, but not less time where
+        these are cheap. None to multiply descriptors.
       tile: Seed patches per product; tile * P floats are needed beside the inputs.
-      precision: Of the products.
+      precision: Of the products. With `dims`, results are exact at any.
 
     Returns:
       Association of B images.
 
     Raises:
-      ValueError: shapes do not fit together.
+      ValueError: shapes do not fit together, or dims is out of range.
     """
     if seeds.ndim != 3 or images.ndim != 3 or seeds.shape[1:] != images.shape[1:]:
         raise ValueError(
@@ -47,10 +54,29 @@ def associate(
     centre = jnp.mean(seeds, axis=(0, 1))
     seed_index = jnp.arange(seeds.shape[0], dtype=jnp.int32)
 
-    def pair(image: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        image_of_seed, seed_of_image = distances.mutual_nearest(
-            seed, image, centre=centre, tile=tile, precision=precision
-        )
+    heads = None
+    if dims is not None:
+        centred = seeds - centre[None, None, :]
+        basis = pruning.make_basis(centred.reshape(-1, seeds.shape[-1]), dims=dims)
+        make = functools.partial(pruning.make_heads, basis=basis, precision=precision)
+        heads = lax.map(make, centred)
+
+    def pair(
+        image: jax.Array, of_image: Any, of_seed: tuple[jax.Array, Any]
+    ) -> tuple[jax.Array, jax.Array]:
+        seed, heads = of_seed
+        if dims is None:
+            image_of_seed, seed_of_image = distances.mutual_nearest(
+                seed, image, centre=centre, tile=tile, precision=precision
+            )
+        else:
+            (image_of_seed, seed_of_image), _ = pruning.mutual_nearest(
+                seed - centre[None, :],
+                image - centre[None, :],
+                basis=basis,
+                heads=(heads, of_image),
+                tile=tile,
+            )
         mutual = distances.mutual_partner(seed_of_image, image_of_seed)
         sq_distance = distances.squared_distance(image, jnp.take(seed, seed_of_image, axis=0))
         return jnp.where(mutual, seed_of_image, UNMATCHED), sq_distance
@@ -58,7 +84,8 @@ def associate(
     def one_image(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         image, j = args
         compared = seed_index != j if config.pairs == "all" else seed_index < j
-        partner, sq_distance = lax.map(lambda seed: pair(image, seed), seeds)
+        of_image = None if dims is None else make(image - centre[None, :])
+        partner, sq_distance = lax.map(functools.partial(pair, image, of_image), (seeds, heads))
         return (
             jnp.where(compared[:, None], partner, UNMATCHED),
             jnp.where(compared[:, None], sq_distance, jnp.inf),

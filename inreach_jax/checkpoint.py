@@ -64,7 +64,8 @@ def save_bank(
     arrays = {
         field.name: getattr(bank, field.name)
         for field in dataclasses.fields(bank)
-        if field.name not in ("count", "per_image") and getattr(bank, field.name) is not None
+        if field.name not in ("count", "index", "per_image")
+        and getattr(bank, field.name) is not None
     }
     content = _content(arrays, count)
     if not (np.isfinite(content["rows"]).all() and np.isfinite(content["centre"]).all()):

@@ -22,6 +22,7 @@ Every search follows the same rules.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from inreach_jax import sharding
@@ -92,7 +93,7 @@ def nearest(
             f"{labels[0].shape} and {labels[1].shape}"
         )
     num_rows = rows.shape[0]
-    tile, num_tiles = _even_tiles(num_rows, tile)
+    tile, num_tiles = even_tiles(num_rows=num_rows, tile=tile)
     queries = sharding.gather(queries, axes)
     query_label = None if labels is None else sharding.gather(labels[0], axes)
     # Which row is nearest is piecewise constant: only the distance to it has a gradient.
@@ -100,28 +101,47 @@ def nearest(
     c = None if centre is None else _for_products(centre)[None, :]
     if c is not None:
         q = q - c
-    q_norm = _sq_norm(q)
+    q_norm = sq_norm(q)
 
-    def search(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    Carry = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+    def search(i: jax.Array, carry: Carry) -> Carry:
+        best, unknown = carry
         start = jnp.minimum(i * tile, num_rows - tile)
         block = lax.dynamic_slice_in_dim(r, start, tile)
         if c is not None:
             block = block - c
-        relative = _sq_norm(block)[:, None] - 2 * _product(block, q, precision)
+        norm = sq_norm(block)
+        relative = norm[:, None] - 2 * _product(block, q, precision)
+        is_nan, label = jnp.isnan(norm), jnp.zeros_like(norm, jnp.int32)
         if valid is not None:  # not the norm alone: products with rows out of use may be NaN
             usable = lax.dynamic_slice_in_dim(valid, start, tile)
             relative = jnp.where(usable[:, None], relative, jnp.inf)
+            is_nan &= usable
         if labels is not None and query_label is not None:
-            row_label = lax.dynamic_slice_in_dim(labels[1], start, tile)
-            relative = jnp.where(row_label[:, None] == query_label[None, :], jnp.inf, relative)
-        value, index = _lowest(relative, axis=0)
-        return _closer(best, (value, index + start))
+            label = lax.dynamic_slice_in_dim(labels[1], start, tile)
+            relative = jnp.where(label[:, None] == query_label[None, :], jnp.inf, relative)
+        value, index = lowest(relative, axis=0)
+        # The labels of NaN rows, from the least to the greatest. A minimum alone may lose NaN.
+        unknown = (
+            jnp.minimum(unknown[0], jnp.min(jnp.where(is_nan, label, most.max))),
+            jnp.maximum(unknown[1], jnp.max(jnp.where(is_nan, label, most.min))),
+        )
+        return _closer(best, (value, index + start)), unknown
 
     varying = q_norm + r[0, 0] if valid is None else jnp.where(valid[0], q_norm, r[0, 0])
     if labels is not None and query_label is not None:
         varying = jnp.where(labels[1][0] == query_label, varying, r[0, 0])
-    init = _like(varying, jnp.inf, jnp.float32), _like(varying, 0, jnp.int32)
-    value, index = lax.fori_loop(0, num_tiles, search, init)
+    most = np.iinfo(np.int32)
+    init = (
+        (_like(varying, jnp.inf, jnp.float32), _like(varying, 0, jnp.int32)),
+        (_like(varying[0], most.max, jnp.int32), _like(varying[0], most.min, jnp.int32)),
+    )
+    (value, index), (least, greatest) = lax.fori_loop(0, num_tiles, search, init)
+    unknown = least <= greatest
+    if query_label is not None:
+        unknown &= (least != query_label) | (greatest != query_label)
+    value = jnp.where(unknown, jnp.nan, value)
     exact = squared_distance(queries, jnp.take(rows, index, axis=0))
     # Infinite where no row is valid, and NaN as explained above.
     exact = jnp.where(jnp.isfinite(value), exact, value + q_norm)
@@ -129,7 +149,7 @@ def nearest(
         return exact, index
     index += sharding.first_row(num_rows, axes)
     value, exact, index = (sharding.exchange(x[None], axes) for x in (value, exact, index))
-    _, shard = _lowest(value, axis=0)
+    _, shard = lowest(value, axis=0)
     shard = jnp.minimum(shard, value.shape[0] - 1)[None]  # where NaN attains no minimum
     exact = jnp.take_along_axis(exact, shard, axis=0)[0]
     # NaN of any shard must show.
@@ -208,8 +228,8 @@ def mutual_nearest(
         c = _for_products(centre)[None, :]
         a, b = a - c, b - c
     num_rows = a.shape[0]
-    tile, num_tiles = _even_tiles(num_rows, tile)
-    b_norm = _sq_norm(b)
+    tile, num_tiles = even_tiles(num_rows=num_rows, tile=tile)
+    b_norm = sq_norm(b)
 
     def search(
         i: jax.Array, carry: tuple[jax.Array, tuple[jax.Array, jax.Array]]
@@ -219,8 +239,8 @@ def mutual_nearest(
         block = lax.dynamic_slice_in_dim(a, start, tile)
         product = _product(block, b, precision)
         # Each direction leaves out the norm that is constant along its axis.
-        _, of_block = _lowest(b_norm[None, :] - 2 * product, axis=1)
-        value, index = _lowest(_sq_norm(block)[:, None] - 2 * product, axis=0)
+        _, of_block = lowest(b_norm[None, :] - 2 * product, axis=1)
+        value, index = lowest(sq_norm(block)[:, None] - 2 * product, axis=0)
         nearest_b = lax.dynamic_update_slice_in_dim(nearest_b, of_block, start, axis=0)
         return nearest_b, _closer(best, (value, index + start))
 
@@ -260,7 +280,7 @@ def _check_inputs(*, centre: jax.Array | None, tile: int, **pair: jax.Array) -> 
         raise ValueError(f"tile must be >= 1; got {tile}")
 
 
-def _even_tiles(num_rows: int, tile: int) -> tuple[int, int]:
+def even_tiles(*, num_rows: int, tile: int) -> tuple[int, int]:
     """The largest tile within the limit that splits the rows evenly, so that overlap is small."""
     num_tiles = -(-num_rows // tile)
     return -(-num_rows // num_tiles), num_tiles
@@ -282,11 +302,12 @@ def _product(a: jax.Array, b: jax.Array, precision: lax.Precision) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision)
 
 
-def _sq_norm(x: jax.Array) -> jax.Array:
+def sq_norm(x: jax.Array) -> jax.Array:
+    """Squared length along the last axis."""
     return jnp.sum(x * x, axis=-1)
 
 
-def _lowest(x: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+def lowest(x: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
     """Minimum along an axis of a matrix, and the lowest index that attains it."""
     value = jnp.min(x, axis=axis)
     index = lax.broadcasted_iota(jnp.int32, x.shape, axis)

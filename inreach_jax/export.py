@@ -70,7 +70,8 @@ def export_score(
     fields = {
         field.name: getattr(bank, field.name)
         for field in dataclasses.fields(bank)
-        if field.name != "per_image" and getattr(bank, field.name) is not None
+        # How many images will come is open, and the index wants to know.
+        if field.name not in ("index", "per_image") and getattr(bank, field.name) is not None
     }
     tree: dict[str, Any] = {"variables": backbone.variables, "bank": fields}
     if threshold is not None:

@@ -10,10 +10,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from inreach_jax import distances, sharding, support
+from inreach_jax import distances, pruning, sharding, support
 from inreach_jax.config import InReachConfig
 from inreach_jax.images import rotate
-from inreach_jax.types import PER_ROW, NominalBank, Scores
+from inreach_jax.types import INDEX_PER_ROW, PER_ROW, NominalBank, Scores
 
 CHUNK_BYTES = 2**28
 """Of distances to all training images at a time: what scoring needs beside its inputs."""
@@ -44,7 +44,8 @@ def score_patches(
         `shard_bank` does it: they are then those of a shard. () for one device.
       tile: Bank rows per product; tile * B * P floats are needed beside the inputs, B of all
         shards. With a span, `span_chunk` images are searched at a time instead.
-      precision: Of the products.
+      precision: Of the products. Where the bank has an index, it has one of its own, and results
+        are exact at any.
 
     Returns:
       Squared distances [B, P] float32 and the rows' indices [B, P] int32.
@@ -54,14 +55,15 @@ def score_patches(
     """
     _check_descriptors(bank, descriptors, exclude)
     shape = descriptors.shape[:2]
+    if bank.index is not None and isinstance(shape[0], int):  # not a symbolic dimension
+        return _search_index(bank, descriptors, exclude=exclude, axes=axes, tile=tile)
     if bank.span is not None:
 
         def of_chunk(chunk: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
             each = image_distances(
                 bank, chunk[0], exclude=chunk[1], axes=axes, tile=tile, precision=precision
             )
-            growth = 1.0 if bank.growth is None else bank.growth
-            return support.spread_at(*each, span=jnp.asarray(bank.span), growth=growth)
+            return support.spread_at(*each, span=jnp.asarray(bank.span), growth=_growth(bank))
 
         size = span_chunk(bank, num_images=shape[0], num_patches=shape[1], axes=axes)
         chunks = jax.tree.map(
@@ -129,17 +131,21 @@ def shard_bank(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
     def place(x: Any, spec: PartitionSpec) -> Any:
         return x if traced else sharding.place(x, mesh=mesh, spec=spec)
 
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(bank):
-        value = getattr(bank, field.name)
-        if value is None:
-            continue
-        if field.name in PER_ROW:
-            padded = sharding.pad_first(value, multiple=multiple)
-            fields[field.name] = place(padded, sharding.split(mesh))
-        elif isinstance(value, jax.Array | np.ndarray):
-            fields[field.name] = place(value, sharding.whole())
-    return dataclasses.replace(bank, **fields)
+    def placed(part: Any, per_row: tuple[str, ...]) -> Any:
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name in per_row:
+                padded = sharding.pad_first(value, multiple=multiple)
+                fields[field.name] = place(padded, sharding.split(mesh))
+            elif isinstance(value, jax.Array | np.ndarray):
+                fields[field.name] = place(value, sharding.whole())
+        return dataclasses.replace(part, **fields)
+
+    if bank.index is not None:
+        bank = dataclasses.replace(bank, index=placed(bank.index, INDEX_PER_ROW))
+    sharded: NominalBank = placed(bank, PER_ROW)
+    return sharded
 
 
 def bank_specs(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
@@ -152,12 +158,19 @@ def bank_specs(bank: NominalBank, *, mesh: Mesh | None) -> NominalBank:
     Returns:
       A pytree of the same structure with a PartitionSpec for each array.
     """
-    specs: dict[str, Any] = {
-        field.name: sharding.split(mesh) if field.name in PER_ROW else sharding.whole()
-        for field in dataclasses.fields(bank)
-        if field.name != "per_image" and getattr(bank, field.name) is not None
-    }
-    return dataclasses.replace(bank, **specs)
+
+    def specs_of(part: Any, per_row: tuple[str, ...]) -> Any:
+        specs: dict[str, Any] = {
+            field.name: sharding.split(mesh) if field.name in per_row else sharding.whole()
+            for field in dataclasses.fields(part)
+            if hasattr(getattr(part, field.name), "shape")
+        }
+        return dataclasses.replace(part, **specs)
+
+    specs: NominalBank = specs_of(bank, PER_ROW)
+    if bank.index is not None:
+        specs = dataclasses.replace(specs, index=specs_of(bank.index, INDEX_PER_ROW))
+    return specs
 
 
 def image_distances(
@@ -308,6 +321,70 @@ def scores_of_patches(
     if angles is not None:
         maps = rotate(maps[..., None], -angles)[..., 0]
     return Scores(image=image, maps=maps, patches=patches, nearest=nearest.reshape(shape))
+
+
+def _search_index(
+    bank: NominalBank,
+    descriptors: jax.Array,
+    *,
+    exclude: jax.Array | None,
+    axes: sharding.Axes,
+    tile: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`score_patches` where the bank has an index."""
+    index, shape = bank.index, descriptors.shape[:2]
+    if index is None:
+        raise ValueError("bank must have an index")
+    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
+    queries = sharding.gather(queries, axes)
+    labels = None
+    if exclude is not None:
+        labels = sharding.gather(jnp.repeat(exclude, shape[1]), axes), bank.image
+    per_image, num = (0, 1) if bank.span is None else (bank.per_image, index.num_images)
+    value, row, _ = pruning.nearest(
+        queries,
+        bank.rows,
+        basis=index.basis,
+        heads=(index.heads, index.norm, index.slack),
+        valid=_valid(bank, axes),
+        labels=labels,
+        per_image=per_image,
+        # Of a shard, all images that may count among all: which do is not known before the end.
+        span=None if axes else bank.span,
+        num=num,
+        same_image=support.SAME_REALIZATION,
+        tile=tile,
+    )
+    value, row = value.T, row.T
+    if axes:
+        # Only what was chosen has a gradient, and of each shard it is one of these.
+        near = lax.map(lambda i: distances.squared_distance(queries, bank.rows[i]), row)
+        row += sharding.first_row(bank.rows.shape[0], axes)
+        value, row, near = (sharding.exchange(x, axes) for x in (value, row, near))
+        of_all = row
+        unknown = jnp.any(jnp.isnan(value), axis=0)[None, :]
+        value, row = pruning.nearest_of(value, row, per_image=per_image, num=num)
+        value = jnp.where(unknown, jnp.nan, value)
+    place, share = jnp.zeros_like(row[:1]), jnp.ones_like(value[0])
+    if bank.span is not None:
+        # Of another span than the index was made for: better no answer than a wrong one.
+        value = jnp.where(bank.span < num, value, jnp.nan)
+        span = jnp.minimum(bank.span, num - 1)
+        end, share = support.channel_end(value, span=span, growth=_growth(bank))
+        place = end[None, :]
+    value = jnp.take_along_axis(value, place, axis=0)[0]
+    row = jnp.take_along_axis(row, place, axis=0)[0]
+    if axes:
+        _, here = distances.lowest(jnp.where(of_all == row[None, :], 0, 1), axis=0)
+        exact = jnp.take_along_axis(near, here[None, :], axis=0)[0]
+    else:
+        exact = distances.squared_distance(queries, jnp.take(bank.rows, row, axis=0))
+    exact = jnp.where(jnp.isfinite(value), share * exact, value)  # infinite or NaN, which must show
+    return exact.reshape(shape), row.reshape(shape)
+
+
+def _growth(bank: NominalBank) -> float | jax.Array:
+    return 1.0 if bank.growth is None else bank.growth
 
 
 def _valid(bank: NominalBank, axes: sharding.Axes) -> jax.Array:

@@ -221,20 +221,45 @@ def spread_at(
     """
     limit = span_limit(num_images=len(sq_distance)) + 1
     negated, image = lax.top_k(-sq_distance.T, limit)
-    # Squared like the distances. Where both are infinite there is nothing to skip.
-    same = negated[:, 0] > same_realization**2 * negated[:, 1]
-    first = jnp.where(same, 1, 0)
-    ends = jnp.stack([first, first + span - 1], axis=1)
-    both = -jnp.take_along_axis(negated, ends, axis=1)
-    # Squared like the distances.
-    nearest, spread = both[:, 0], both[:, 1] / jnp.square(growth)
-    wide = spread >= nearest
-    end = jnp.where(wide, ends[:, 1], ends[:, 0])[:, None]
-    image = jnp.take_along_axis(image, end, axis=1)
-    spread = jnp.where(wide, spread, nearest)
+    place, share = channel_end(
+        -negated.T, span=span, growth=growth, same_realization=same_realization
+    )
+    image = jnp.take_along_axis(image, place[:, None], axis=1)
+    spread = -share * jnp.take_along_axis(negated, place[:, None], axis=1)[:, 0]
     # NaN must show, wherever it ranks.
     unknown = jnp.any(jnp.isnan(sq_distance), axis=0)
     return (
         jnp.where(unknown, jnp.nan, spread),
         jnp.take_along_axis(row.T, image, axis=1)[:, 0],
     )
+
+
+def channel_end(
+    sq_distance: jax.Array,
+    *,
+    span: jax.Array,
+    growth: float | jax.Array = 1.0,
+    same_realization: float | jax.Array = SAME_REALIZATION,
+) -> tuple[jax.Array, jax.Array]:
+    """Which of the nearest realizations a channel ends with, as `spread_at` decides it.
+
+    Args:
+      sq_distance: [T, Q] float32, squared, to the T >= 2 nearest realizations, ascending.
+      span: As for `spread_at`, and below T.
+      growth: Likewise.
+      same_realization: Likewise.
+
+    Returns:
+      [Q] int32 in [0, T), its place among them, and [Q] float32, the share of its squared distance
+      that is the spread less the usual growth: 1 where the channel is that of a span of 1.
+    """
+    # Squared like the distances. Where both are infinite there is nothing to skip.
+    same = sq_distance[0] < same_realization**2 * sq_distance[1]
+    first = jnp.where(same, 1, 0).astype(jnp.int32)
+    last = first + span - 1
+    nearest, spread = (
+        jnp.take_along_axis(sq_distance, place[None, :], axis=0)[0] for place in (first, last)
+    )
+    share = jnp.broadcast_to(1 / jnp.square(jnp.asarray(growth, jnp.float32)), spread.shape)
+    wide = share * spread >= nearest
+    return jnp.where(wide, last, first), jnp.where(wide, share, 1)

@@ -65,6 +65,22 @@ class Channels:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BankIndex:
+    """What makes searching a bank faster: see `inreach_jax.pruning`.
+
+    It is of the rows as they were when it was made, and is made anew rather than saved. Heads of
+    padding rows are 0.
+    """
+
+    basis: jax.Array  # [D, d] float32, directions in which the rows vary most
+    heads: jax.Array  # [M, E] float32 or bfloat16, rows along them, and what is left: E = d + 1
+    norm: jax.Array  # [M] float32, squared, of the heads
+    slack: jax.Array  # [] float32, how far a head may be off
+    num_images: int = _static(0)  # [] int32, static: nearest images told apart; 0 without a span
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NominalBank:
     """The nominal patches, ready to be searched.
 
@@ -85,11 +101,15 @@ class NominalBank:
     span: jax.Array | None = None  # [] int32, realizations that must share a patch; None: any row
     growth: jax.Array | None = None  # [] float32 >= 1, usual spread there over that at 1; None: 1
     reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are
+    index: BankIndex | None = None  # from `bank.index_bank`, to be searched faster
     per_image: int = _static(0)  # [] int32, static: rows of each image where there is a span
 
 
 PER_ROW = ("rows", "image", "patch", "multiplicity")
 """The fields of a `NominalBank` that have an entry per row."""
+
+INDEX_PER_ROW = ("heads", "norm")
+"""Those of a `BankIndex`."""
 
 
 @jax.tree_util.register_dataclass

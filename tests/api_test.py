@@ -237,6 +237,8 @@ def test_pytrees_state_the_shape_of_every_field() -> None:
                 for text in inspect.getsource(cls).split("\n")
                 if text.startswith(f"    {field}: ")
             ]
+            if line.split(": ")[1].split(" ")[0] in vars(types):  # a pytree of its own
+                continue
             assert re.search(r"  # \[[\w, *]*\] (float32|int32)\b", line), line
             assert line in lines
     assert {"Association", "Channels", "NominalBank", "Scores"} <= fields.keys()

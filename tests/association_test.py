@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 Pairs = Literal["all", "earlier"]
 IndexOrder = Literal["matched", "swapped"]
 
-_associate = jax.jit(association_lib.associate, static_argnames=("config", "tile"))
+_associate = jax.jit(association_lib.associate, static_argnames=("config", "dims", "tile"))
 _select_members = jax.jit(association_lib.select_members, static_argnames="config")
 
 NUM_IMAGES, NUM_SEEDS, NUM_PATCHES = 7, 4, 12
@@ -62,6 +62,17 @@ def test_association_equals_the_oracle(pairs: Pairs) -> None:
     compared = np.isfinite(distance).all(axis=2)
     assert compared.sum() == (NUM_SEEDS * (NUM_IMAGES - 1) if pairs == "all" else 6 + 3 * 4)
     assert 0 < (partner[compared] >= 0).mean() < 1
+
+
+def test_bounds_change_nothing() -> None:
+    x = _descriptors()
+    expected = _whole(x, "all")
+    options: Any = {"image_index": _index(len(x)), "config": InReachConfig()}
+    for dims in (2, 6):
+        out = _associate(x[:NUM_SEEDS], x, dims=dims, **options)
+        jax.tree.map(np.testing.assert_array_equal, out, expected)
+    with pytest.raises(ValueError, match=r"dims must be in \[1, 6\]"):
+        _associate(x[:NUM_SEEDS], x, dims=7, **options)
 
 
 @pytest.mark.parametrize("pairs", ["all", "earlier"])

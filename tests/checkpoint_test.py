@@ -143,6 +143,20 @@ def test_span_is_kept(
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored))
 
 
+def test_the_index_is_not_stored(tmp_path: pathlib.Path, backbone: Backbone) -> None:
+    bank = make_span_bank()
+    for folder, saved in (("plain", bank), ("indexed", inreach_jax.index_bank(bank))):
+        inreach_jax.save_bank(
+            tmp_path / folder, saved, backbone=backbone, config=tiny.CONFIG, command="test"
+        )
+    plain, indexed = (
+        inreach_jax.restore_bank(tmp_path / folder, backbone=backbone)[0]
+        for folder in ("plain", "indexed")
+    )
+    assert indexed.index is None
+    assert bits(indexed) == bits(plain)
+
+
 def test_banks_without_a_span_have_none(saved: pathlib.Path, backbone: Backbone) -> None:
     restored, _ = inreach_jax.restore_bank(saved, backbone=backbone)
     assert restored.span is restored.reference is None

@@ -165,6 +165,21 @@ def test_nan_row_does_not_hide(row: int) -> None:
     assert ((index >= 0) & (index < 40)).all()
 
 
+def test_nan_row_does_not_hide_among_many() -> None:
+    # A minimum over as many rows as this loses NaN on XLA:CPU.
+    queries, rows = _random(60, 20), _random(230, 20, seed=1)
+    rows[30, 2] = np.nan
+    value, _ = _nearest(queries, rows)
+    assert np.isnan(value).all()
+    valid = np.arange(230) != 30
+    value, _ = _nearest(queries, rows, valid=valid)
+    assert np.isfinite(value).all()
+    # Only to those whose neighbour it may be.
+    labels = np.arange(60, dtype=np.int32) % 2, np.arange(230, dtype=np.int32) % 2
+    value, _ = _nearest(queries, rows, labels=labels)
+    np.testing.assert_array_equal(np.isnan(value), np.arange(60) % 2 == 1)
+
+
 def test_gradient_is_that_of_the_nearest_distance() -> None:
     queries, rows = _random(7, 4), _random(20, 4, seed=1)
     centre = rows.mean(axis=0)

@@ -82,6 +82,19 @@ def members(artefact: bytes) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def test_the_index_is_left_out(
+    name: str, artefacts: dict[str, bytes], backbone: Backbone, banks: dict[str, NominalBank]
+) -> None:
+    artefact = inreach_jax.export_score(
+        backbone,
+        inreach_jax.index_bank(banks[name]),
+        config=CONFIGS[name],
+        size=SIZES[name],
+        command="made by a test",
+    )
+    assert artefact == artefacts[name]
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_scores_are_those_of_the_library(
     name: str, batch: int, load: Any, backbone: Backbone, banks: dict[str, NominalBank]

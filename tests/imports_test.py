@@ -17,6 +17,7 @@ ORDER = (
     "config",
     "sharding",
     "distances",
+    "pruning",
     "images",
     "backbones",
     "descriptors",

@@ -970,6 +970,20 @@ def test_score_fn_agrees_with_score_images_of_all_patches(
     np.testing.assert_array_equal(actual.nearest, all_scores.nearest)
 
 
+def test_a_bank_with_an_index_scores_the_same(
+    all_score: Any, backbone: Backbone, all_bank: NominalBank, unseen: np.ndarray,
+    all_scores: Scores,
+) -> None:  # fmt: skip
+    indexed = inreach_jax.index_bank(all_bank)
+    assert indexed.index is not None
+    for scores in (
+        score_all(backbone, indexed, unseen, config=ALL),
+        jax.jit(all_score)(backbone.variables, indexed, unseen),
+    ):
+        assert_close(scores, all_scores)
+        np.testing.assert_array_equal(scores.nearest, all_scores.nearest)
+
+
 def test_vmap_over_banks_of_all_patches(
     all_score: Any, backbone: Backbone, all_bank: NominalBank, unseen: np.ndarray
 ) -> None:

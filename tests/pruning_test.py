@@ -1,0 +1,519 @@
+"""Neighbours that bounds prove: against float64, where bounds have it hard, and where they fail."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+import inreach_jax
+from inreach_jax import bank as bank_lib
+from inreach_jax import distances, pruning, scoring, sharding, support
+from inreach_jax.types import NominalBank
+from tests import oracle
+
+Array = np.ndarray[Any, Any]
+
+# Small, so that every loop runs several times, and the last time with an overlap.
+SIZES = pruning.Sizes(
+    block=4, shelf=4, tile=48, chunk=30, first=2, step=3, group=8, limit=12, full=7
+)
+FAST = lax.Precision.DEFAULT
+
+_make_basis = jax.jit(pruning.make_basis, static_argnames="dims")
+_make_heads = jax.jit(pruning.make_heads, static_argnames="precision")
+_search = jax.jit(pruning.nearest, static_argnames=("per_image", "num", "same_image", "sizes"))
+_plain = jax.jit(distances.nearest)
+_score_patches = jax.jit(scoring.score_patches)
+
+
+def _features(*shape: int, seed: int = 0) -> Array:
+    """Like descriptors: a few directions have most of the variance."""
+    dim = shape[-1]
+    mix = np.random.default_rng(99).standard_normal((dim, dim))
+    mix *= np.exp(-np.arange(dim) / 5)[:, None]
+    return (np.random.default_rng(seed).standard_normal(shape) @ mix).astype(np.float32)
+
+
+def _nearest(
+    queries: Array,
+    rows: Array,
+    *,
+    dims: int,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+    valid: Array | None = None,
+    **options: Any,
+) -> tuple[Array, Array, Array]:
+    basis = _make_basis(rows if valid is None else np.where(valid[:, None], rows, 0), dims=dims)
+    heads = _make_heads(rows, basis, valid=valid, precision=precision)
+    found = _search(
+        queries, rows, basis=basis, heads=heads, valid=valid, **{"sizes": SIZES, **options}
+    )
+    value, row, opened = map(np.asarray, found)
+    return value, row, opened >= 0
+
+
+@pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
+@pytest.mark.parametrize(
+    "num_queries, num_rows, dim, dims",
+    [(1, 1, 1, 1), (60, 230, 20, 7)],
+)
+def test_equals_the_oracle(
+    num_queries: int, num_rows: int, dim: int, dims: int, precision: lax.Precision
+) -> None:
+    queries, rows = _features(num_queries, dim), _features(num_rows, dim, seed=1)
+    value, row, proved = _nearest(queries, rows, dims=dims, precision=precision)
+    expected_row, expected = oracle.nearest(queries, rows)
+    assert value.dtype == np.float32
+    assert row.dtype == np.int32
+    assert value.shape == row.shape == (num_queries, 1)
+    np.testing.assert_array_equal(row[:, 0], expected_row)
+    np.testing.assert_allclose(value[:, 0], expected, rtol=1e-5, atol=1e-9)
+    assert proved.any()
+
+
+@pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
+def test_descriptors_of_an_image(golden: Any, precision: lax.Precision) -> None:
+    # FAST on a CPU is what it is elsewhere: heads are rounded to bfloat16 before any product.
+    descriptors = np.ascontiguousarray(golden("official_screw_eval")["descriptors"][0].T)
+    descriptors -= descriptors.mean(axis=0)
+    some = np.random.default_rng(0).permutation(len(descriptors))
+    queries, rows = descriptors[some[:184]], descriptors[some[184:]]
+    _, row, proved = _nearest(queries, rows, dims=127, precision=precision)
+    np.testing.assert_array_equal(row[:, 0], oracle.nearest(queries, rows)[0])
+    assert proved.mean() > 0.8
+
+
+@pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("dims", [1, 7, 16])
+def test_heads_are_never_farther_apart_than_rows(
+    dims: int, scale: float, precision: lax.Precision
+) -> None:
+    rows = np.float32(scale) * _features(80, 16)
+    rows[40:] += 30 * np.float32(scale)  # not centred, and rests that hardly differ
+    basis = _make_basis(rows, dims=dims)
+    heads, norm, loose = map(np.asarray, _make_heads(rows, basis, precision=precision))
+    assert heads.dtype == (np.float32 if precision != FAST else jnp.bfloat16)
+    exact = heads.astype(np.float64)
+    np.testing.assert_allclose(norm, (exact**2).sum(axis=1), rtol=1e-5)
+    of_heads = np.linalg.norm(exact[:, None] - exact[None], axis=-1)
+    of_rows = np.linalg.norm(rows[:, None].astype(np.float64) - rows[None], axis=-1)
+    slack = loose[:, None] + loose[None].astype(np.float64)
+    assert (of_heads <= of_rows + slack).all()
+    if dims == 16 and precision != FAST:  # nothing is left out, and little is given away
+        assert np.median(of_heads[of_rows > 0] / of_rows[of_rows > 0]) > 0.99
+        assert (loose < 0.05 * np.sqrt(norm)).all()
+
+
+def test_a_basis_stretches_nothing() -> None:
+    rows = _features(300, 130)
+    basis = np.asarray(_make_basis(rows, dims=40), np.float64)
+    assert basis.shape == (130, 40)
+    stretch = np.linalg.svd(basis, compute_uv=False)
+    assert stretch[0] <= 1
+    assert stretch[-1] > 0.99
+    left = np.linalg.svd(rows - rows @ basis @ basis.T)[1]
+    assert left[0] < 0.1 * np.linalg.svd(rows)[1][0]  # they are those of large variance
+
+
+@pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
+def test_lowest_index_on_ties(precision: lax.Precision) -> None:
+    rng = np.random.default_rng(2)
+    rows = np.abs(_features(40, 20))[rng.integers(0, 40, 230)]
+    queries = np.concatenate([rows[rng.integers(0, 230, 20)], np.abs(_features(40, 20, seed=3))])
+    expected, _ = oracle.nearest(queries, rows)
+    value, row, proved = _nearest(queries, rows, dims=7, precision=precision)
+    np.testing.assert_array_equal(row[:, 0], expected)
+    assert not value[:20].any()  # copies are at distance 0 exactly
+    assert proved.mean() > 0.3
+
+
+def test_rows_that_are_all_the_same_are_searched_in_full() -> None:
+    rows = np.repeat(_features(1, 20), 230, axis=0)
+    value, row, proved = _nearest(_features(60, 20, seed=1), rows, dims=7)
+    assert not proved.any()  # every block may hold the nearest row, and there are more than 12
+    np.testing.assert_array_equal(row, np.zeros((60, 1)))
+    expected = ((_features(60, 20, seed=1).astype(np.float64) - rows[0]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(value[:, 0], expected, rtol=1e-5)
+
+
+def test_what_bounds_cannot_prove_is_searched_in_full() -> None:
+    # On a sphere around the query, all distances are almost the same, whatever heads see of them.
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((230, 20))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    queries = 1e-2 * rng.standard_normal((60, 20))
+    both = queries.astype(np.float32), rows.astype(np.float32)
+    value, row, proved = _nearest(*both, dims=7)
+    assert not proved.any()
+    expected_row, expected = oracle.nearest(*both)
+    np.testing.assert_array_equal(row[:, 0], expected_row)
+    np.testing.assert_allclose(value[:, 0], expected, rtol=1e-5)
+
+
+def test_with_and_without_proof_in_one_call() -> None:
+    rows = _features(230, 20)
+    easy = rows[::5][:40] + 1e-3 * _features(40, 20, seed=1)
+    hard = 3 * np.random.default_rng(0).standard_normal((20, 20)).astype(np.float32)
+    queries = np.concatenate([easy, hard])[np.random.default_rng(1).permutation(60)]
+    _, row, proved = _nearest(queries, rows, dims=7)
+    assert 20 < proved.sum() < 60
+    np.testing.assert_array_equal(row[:, 0], oracle.nearest(queries, rows)[0])
+
+
+@pytest.mark.parametrize("garbage", [None, np.nan, np.inf, 1e30])
+def test_rows_that_are_not_valid_are_never_a_neighbour(garbage: float | None) -> None:
+    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    valid = np.random.default_rng(0).random(230) < 0.4
+    expected_row, expected = oracle.nearest(queries, rows[valid])
+    rows[~valid] = queries[0]  # as near as can be
+    if garbage is not None:
+        rows[~valid] = garbage
+    value, row, proved = _nearest(queries, rows, dims=7, valid=valid)
+    np.testing.assert_array_equal(row[:, 0], np.flatnonzero(valid)[expected_row])
+    np.testing.assert_allclose(value[:, 0], expected, rtol=1e-5)
+    assert proved.mean() > 0.5
+
+
+def test_no_valid_row() -> None:
+    value, row, proved = _nearest(
+        _features(60, 20), _features(230, 20, seed=1), dims=7, valid=np.zeros(230, bool)
+    )
+    np.testing.assert_array_equal(value, np.full((60, 1), np.inf))
+    np.testing.assert_array_equal(row, np.zeros((60, 1)))
+    assert not proved.any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_what_is_not_finite_is_never_proved(value: float) -> None:
+    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    expected = _nearest(queries, rows, dims=7)
+    queries[4, 2] = value
+    found = _nearest(queries, rows, dims=7)
+    plain = _plain(queries, rows)
+    assert not found[2][4]
+    np.testing.assert_array_equal(found[0][:, 0], plain[0])
+    others = np.arange(60) != 4
+    np.testing.assert_array_equal(found[1][others], expected[1][others])
+    assert found[2][others].mean() > 0.5
+
+    rows[17, 1] = value  # and the same of a row hides nothing either
+    found = _nearest(_features(60, 20), rows, dims=7)
+    assert not found[2].any()
+    if np.isnan(value):
+        assert np.isnan(found[0]).all()
+
+
+def test_labels() -> None:
+    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    rng = np.random.default_rng(0)
+    of_query, of_row = rng.integers(0, 4, 60), rng.integers(0, 3, 230)
+    labels = of_query.astype(np.int32), of_row.astype(np.int32)
+    _, row, proved = _nearest(queries, rows, dims=7, labels=labels)
+    for i in range(60):
+        others = np.flatnonzero(of_row != of_query[i])
+        assert row[i, 0] == others[oracle.nearest(queries[i : i + 1], rows[others])[0][0]]
+    assert proved.mean() > 0.5
+
+
+def test_sizes_make_no_difference() -> None:
+    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    expected = _nearest(queries, rows, dims=7)
+    for sizes in (
+        pruning.Sizes(),
+        pruning.Sizes(block=1, shelf=1, tile=1, chunk=1, first=1, step=1, group=1, limit=1, full=1),
+    ):
+        value, row, _ = _nearest(queries, rows, dims=7, sizes=sizes)
+        np.testing.assert_array_equal(row, expected[1])
+        np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+
+
+def test_vmap() -> None:
+    queries, rows = _features(2, 20, 12), _features(2, 90, 12, seed=1)
+
+    @jax.jit
+    @jax.vmap
+    def search(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        basis = pruning.make_basis(r, dims=4)
+        heads = pruning.make_heads(r, basis)
+        return pruning.nearest(q, r, basis=basis, heads=heads, sizes=SIZES)
+
+    _, row, opened = search(queries, rows)
+    for i in range(2):
+        np.testing.assert_array_equal(row[i, :, 0], oracle.nearest(queries[i], rows[i])[0])
+    assert (np.asarray(opened) >= 0).mean() > 0.5
+
+
+# Images.
+
+
+def _by_images(rows: Array, queries: Array, *, span: int, share: float) -> tuple[Array, Array]:
+    """Row and squared distance that complete the span: see `support.spread_at`."""
+    each = ((queries[:, None, None].astype(np.float64) - rows[None]) ** 2).sum(axis=-1)
+    row = each.argmin(axis=2) + np.arange(rows.shape[0]) * rows.shape[1]
+    nearest = each.min(axis=2)
+    order = np.argsort(nearest, axis=1, kind="stable")
+    ranked = np.take_along_axis(nearest, order, axis=1)
+    place = np.where(ranked[:, 0] < share**2 * ranked[:, 1], span, span - 1)[:, None]
+    image = np.take_along_axis(order, place, axis=1)
+    return (
+        np.take_along_axis(row, image, axis=1)[:, 0],
+        np.take_along_axis(ranked, place, axis=1)[:, 0],
+    )
+
+
+def _copies(rows: Array) -> Array:
+    """Queries of which some stand in an image, some almost, and some are in between."""
+    num = rows.shape[0] * rows.shape[1]
+    flat = rows.reshape(num, -1)
+    rng = np.random.default_rng(5)
+    picked = flat[rng.integers(0, num, 60)]
+    noise = _features(60, rows.shape[2], seed=6)
+    return picked + np.repeat([0, 0.02, 0.1, 0.3], 15)[:, None].astype(np.float32) * noise
+
+
+@pytest.mark.parametrize(
+    "span, per_image, precision",  # 11: blocks hold rows of two images
+    [
+        (1, 11, FAST),
+        (2, 11, lax.Precision.HIGHEST),
+        (3, 4, lax.Precision.HIGHEST),
+    ],
+)
+def test_images_equal_the_oracle(span: int, per_image: int, precision: lax.Precision) -> None:
+    rows = _features(14, per_image, 20)
+    queries = _copies(rows)
+    value, row, proved = _nearest(
+        queries,
+        rows.reshape(-1, 20),
+        dims=8,
+        precision=precision,
+        per_image=per_image,
+        num=span + 1,
+        span=np.int32(span),
+        same_image=1 / 3,
+    )
+    expected_row, expected = _by_images(rows, queries, span=span, share=1 / 3)
+    same = value[:, 0] < value[:, 1] / 9
+    assert 10 < same.sum() < 55  # both cases are there, and decided right
+    place = np.where(same, span, span - 1)[:, None]
+    np.testing.assert_array_equal(np.take_along_axis(row, place, axis=1)[:, 0], expected_row)
+    np.testing.assert_allclose(np.take_along_axis(value, place, axis=1)[:, 0], expected, rtol=1e-5)
+    assert proved.mean() > 0.3
+
+
+def test_images_without_a_span_are_all_proved() -> None:
+    rows = _features(14, 11, 20)
+    value, row, proved = _nearest(_copies(rows), rows.reshape(-1, 20), dims=8, per_image=11, num=3)
+    assert proved.mean() > 0.3
+    for place in range(3):
+        expected_row, expected = _by_images(rows, _copies(rows), span=place + 1, share=0)
+        np.testing.assert_array_equal(row[:, place], expected_row)
+        np.testing.assert_allclose(value[:, place], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_images_that_are_copies() -> None:
+    rows = np.tile(_features(1, 11, 20), (14, 1, 1))
+    queries = np.concatenate([rows[0], _features(49, 20, seed=1)])
+    _, row, _ = _nearest(queries, rows.reshape(-1, 20), dims=8, per_image=11, num=3)
+    for place in range(3):
+        expected_row, _ = _by_images(rows, queries, span=place + 1, share=0)
+        np.testing.assert_array_equal(row[:, place], expected_row)
+
+
+def test_fewer_images_than_are_asked_for() -> None:
+    rows = _features(2, 11, 20)
+    value, row, proved = _nearest(
+        _features(60, 20, seed=1), rows.reshape(-1, 20), dims=8, per_image=11, num=3
+    )
+    assert np.isfinite(value[:, :2]).all()
+    np.testing.assert_array_equal(value[:, 2], np.full(60, np.inf))
+    assert ((row >= 0) & (row < 22)).all()
+    assert not proved.any()
+
+
+# Banks.
+
+IMAGES, PER_IMAGE, DIM = 12, 16, 20
+
+
+def _bank(span: int | None, *, capacity: int = IMAGES * PER_IMAGE) -> NominalBank:
+    rows = np.zeros((capacity, DIM), np.float32)
+    rows[: IMAGES * PER_IMAGE] = 7 + _features(IMAGES * PER_IMAGE, DIM)
+    multiplicity = np.ones((IMAGES, PER_IMAGE), np.int32)
+    return bank_lib.make_bank(jnp.asarray(rows), multiplicity=multiplicity, span=span)
+
+
+def _unseen() -> Array:
+    """[4, 15, D]: more than a call finds proof for, some of it copies."""
+    rows = (7 + _features(IMAGES * PER_IMAGE, DIM)).reshape(IMAGES, PER_IMAGE, DIM)
+    return _copies(rows).reshape(4, 15, DIM)
+
+
+def _training() -> Array:
+    return 7 + _features(IMAGES * PER_IMAGE, DIM).reshape(IMAGES, PER_IMAGE, DIM)
+
+
+def _same(found: Any, expected: Any) -> None:
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    "span, precision",
+    [
+        (None, FAST),
+        (1, lax.Precision.HIGHEST),
+        (3, FAST),
+    ],
+)
+def test_a_bank_with_an_index_scores_the_same(span: int | None, precision: lax.Precision) -> None:
+    bank = _bank(span, capacity=(IMAGES + 4) * PER_IMAGE)  # padding
+    indexed = inreach_jax.index_bank(bank, dims=7, precision=precision)
+    assert indexed.index is not None
+    assert indexed.index.heads.shape == (len(bank.rows), 8)
+    images = np.concatenate([_unseen(), _training()[:, :15]])
+    exclude = np.concatenate([[-1] * 4, np.arange(IMAGES)]).astype(np.int32)
+    found = _score_patches(indexed, images, exclude=exclude)
+    _same(found, _score_patches(bank, images, exclude=exclude))
+    assert (np.asarray(bank.image)[np.asarray(found[1])] != exclude[:, None]).all()
+
+
+def test_the_index_is_what_is_searched() -> None:
+    # With heads of other rows the answer is another: it does come from them.
+    bank = inreach_jax.index_bank(_bank(None), dims=19)
+    assert bank.index is not None
+    moved = dataclasses.replace(
+        bank.index, heads=bank.index.heads[::-1], norm=bank.index.norm[::-1]
+    )
+    wrong = _score_patches(dataclasses.replace(bank, index=moved), _unseen())
+    assert (np.asarray(wrong[1]) != np.asarray(_score_patches(bank, _unseen())[1])).any()
+
+
+def test_default_dimensions() -> None:
+    bank = inreach_jax.index_bank(_bank(1))
+    assert bank.index is not None
+    assert bank.index.basis.shape == (DIM, DIM)
+    assert [pruning.default_dims(dim=x) for x in (232, 512, 1024)] == [95, 159, 287]
+
+
+@pytest.mark.parametrize("span, kind", [(None, AxisType.Explicit), (2, AxisType.Auto)])
+def test_a_mesh_changes_nothing(span: int | None, kind: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    bank = _bank(span)
+    sharded = scoring.shard_bank(bank, mesh=mesh)
+    late = scoring.shard_bank(inreach_jax.index_bank(bank, dims=7), mesh=mesh)
+    soon = inreach_jax.index_bank(sharded, dims=7, mesh=mesh)
+    assert soon.index is not None
+    num = sharded.rows.shape[0]
+    assert [x.data.shape for x in soon.index.heads.addressable_shards] == [(num // 8, 8)] * 8
+    queries = np.concatenate([_unseen(), _unseen()])
+    exclude = np.array([3, 0, -1, 5, 11, 2, 2, 7], np.int32)
+
+    @jax.jit
+    def search(bank: NominalBank, queries: Any, exclude: Any) -> Any:
+        return sharding.shard_map(
+            functools.partial(_exclude, axes=("x",)),
+            mesh=mesh,
+            in_specs=(scoring.bank_specs(bank, mesh=mesh), PartitionSpec("x"), PartitionSpec("x")),
+            out_specs=PartitionSpec("x"),
+        )(bank, queries, exclude)
+
+    expected = _score_patches(bank, queries, exclude=exclude)
+    for of_mesh in (late, soon):
+        with jax.set_mesh(mesh):
+            _same(search(of_mesh, jnp.asarray(queries), jnp.asarray(exclude)), expected)
+
+
+def _exclude(bank: NominalBank, queries: Any, exclude: Any, *, axes: sharding.Axes) -> Any:
+    return scoring.score_patches(bank, queries, exclude=exclude, axes=axes)
+
+
+def test_gradient() -> None:
+    bank = _bank(2)
+
+    def gradients(bank: NominalBank) -> Any:
+        def total(rows: jax.Array, centre: jax.Array, queries: jax.Array) -> jax.Array:
+            moved = dataclasses.replace(bank, rows=rows, centre=centre)
+            return jnp.sum(scoring.score_patches(moved, queries)[0])
+
+        of = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        return of(bank.rows, bank.centre, jnp.asarray(_unseen()))
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        gradients(inreach_jax.index_bank(bank, dims=7)),
+        gradients(bank),
+    )
+
+
+@pytest.mark.parametrize("span", [None, 1])
+def test_nan_shows(span: int | None) -> None:
+    queries = _unseen()
+    queries[1, 3, 0] = np.nan
+    value, _ = _score_patches(inreach_jax.index_bank(_bank(span), dims=7), queries)
+    assert np.isnan(value).sum() == 1
+    bank = _bank(span)
+    bank = dataclasses.replace(bank, rows=bank.rows.at[30, 2].set(jnp.nan))
+    value, _ = _score_patches(inreach_jax.index_bank(bank, dims=7), _unseen())
+    assert np.isnan(value).all()
+
+
+def test_an_index_of_another_span_gives_no_answer() -> None:
+    bank = inreach_jax.index_bank(_bank(1), dims=7)
+    value, _ = _score_patches(dataclasses.replace(bank, span=jnp.int32(2)), _unseen())
+    assert np.isnan(value).all()
+
+
+def test_large_spans_are_searched_plainly() -> None:
+    rows = jnp.asarray(_features(20 * 4, DIM))
+    bank = bank_lib.make_bank(rows, multiplicity=np.ones((20, 4), np.int32), span=4)
+    assert inreach_jax.index_bank(bank).index is None
+    assert support.span_limit(num_images=20) > bank_lib.LARGEST_SPAN
+
+
+def test_what_does_not_fit_is_named() -> None:
+    for dims in (0, DIM + 1):
+        with pytest.raises(ValueError, match=rf"dims must be in \[1, {DIM}\].*; got {dims}"):
+            inreach_jax.index_bank(_bank(None), dims=dims)
+        with pytest.raises(ValueError, match=rf"dims must be in \[1, {DIM}\].*; got {dims}"):
+            pruning.make_basis(_bank(None).rows, dims=dims)
+    mesh = jax.make_mesh((7,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
+    with pytest.raises(ValueError, match="divide by the 7 devices of the mesh; got 192"):
+        inreach_jax.index_bank(_bank(None), mesh=mesh)
+    indexed: Callable[[NominalBank], Any] = jax.jit(inreach_jax.index_bank)
+    with pytest.raises(ValueError, match="bank must not be traced"):
+        indexed(_bank(None))
+
+
+# Both ways.
+
+
+@pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
+def test_both_ways_equal_the_oracle(precision: lax.Precision) -> None:
+    a, b = _features(91, 20), _features(70, 20, seed=1)
+    b[40:50], a[3] = b[10:20], b[12]  # ties
+    hard = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
+    a[-12:] = 3 * hard
+    basis = _make_basis(a, dims=7)
+
+    @jax.jit
+    def search(a: jax.Array, b: jax.Array) -> Any:
+        heads = tuple(pruning.make_heads(x, basis, precision=precision) for x in (a, b))
+        return pruning.mutual_nearest(a, b, basis=basis, heads=heads, sizes=SIZES)  # type: ignore[arg-type]
+
+    there, back = oracle.nearest(a, b)[0], oracle.nearest(b, a)[0]
+    (nearest_b, nearest_a), opened = search(a, b)
+    np.testing.assert_array_equal(nearest_b, there)
+    np.testing.assert_array_equal(nearest_a, back)
+    for count in map(np.asarray, opened):
+        assert 0.3 < (count >= 0).mean() <= 1
+        assert count.max() <= SIZES.first + SIZES.limit + SIZES.step
+    assert (np.asarray(opened[0]) < 0).any()
