@@ -18,7 +18,7 @@ from inreach_jax import association, descriptors, distances, scoring
 from inreach_jax import bank as bank_lib
 
 _CONFIG = inreach_jax.PRESETS["channels"].replace(positional="off", num_seeds=4)
-_MEASURE = 2.0
+_MEASURE = 1.0
 """Seconds for each point."""
 
 
@@ -29,7 +29,7 @@ def growth(bench: Bench) -> list[Row]:
         for value in values:
             function = make(value)
             taken = measure.interleaved({"ours": function}, seconds=min(_MEASURE, bench.seconds))
-            low, median, high = np.quantile(taken["ours"], (0.25, 0.5, 0.75))
+            low, median, high = np.quantile(taken.seconds["ours"], (0.25, 0.5, 0.75))
             points.append(
                 {
                     "name": name,

@@ -85,6 +85,19 @@ class Peers:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What came of measuring some functions.
+
+    Attributes:
+      seconds: For each function [R] float64, R the same for all.
+      results: What each returned, the last time.
+    """
+
+    seconds: dict[str, np.ndarray]
+    results: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Bench:
     """What every benchmark is given.
@@ -105,6 +118,11 @@ class Bench:
     def backbone(self) -> inreach_jax.Backbone:
         """The one whose weights are at hand."""
         return inreach_jax.load_backbone("efficientnet_lite0")
+
+    @functools.cached_property
+    def bank(self) -> inreach_jax.NominalBank:
+        """What the default makes of the training images."""
+        return inreach_jax.fit(self.backbone, self.dataset.train.images)
 
     @functools.cached_property
     def _described(self) -> dict[Any, extraction.DescriptorSet]:
@@ -140,9 +158,9 @@ class Bench:
                 write_png(path, images[i])
             yield paths
 
-    def times(self, functions: Mapping[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
+    def time(self, functions: Mapping[str, Callable[[], Any]], *, warm_up: bool = True) -> Timed:
         """`interleaved` for as long as a comparison may take."""
-        return interleaved(functions, seconds=self.seconds)
+        return interleaved(functions, seconds=self.seconds, warm_up=warm_up)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config"))
@@ -163,20 +181,27 @@ def feature_maps(
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], *, seconds: float, min_repeats: int = MIN_REPEATS
-) -> dict[str, np.ndarray]:
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    min_repeats: int = MIN_REPEATS,
+    warm_up: bool = True,
+) -> Timed:
     """Seconds of each function, taken in turns so that load hits all alike.
 
     Args:
       functions: By name. What they return is waited for.
       seconds: For all of them together. The warm-up, one call of each, is not counted.
       min_repeats: Rounds that are made, however long they take.
+      warm_up: Whether there is one. False where the caller has seen to it: what takes long is
+        compiled, and tried on a part, before.
 
     Returns:
-      For each function [R] float64, R the same for all.
+      At least `min_repeats` seconds of each function.
     """
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():  # compiles and warms up
+    results: dict[str, Any] = {}
+    for function in functions.values() if warm_up else ():
         jax.block_until_ready(function())
     begun = time.perf_counter()
     for repeat in range(_MAX_REPEATS):
@@ -185,9 +210,11 @@ def interleaved(
         for name, function in functions.items():
             time.sleep(_PAUSE)
             start = time.perf_counter()
-            jax.block_until_ready(function())
+            results[name] = jax.block_until_ready(function())
             taken[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in taken.items()}
+    return Timed(
+        seconds={name: np.array(values) for name, values in taken.items()}, results=results
+    )
 
 
 def compare(

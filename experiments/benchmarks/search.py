@@ -1,7 +1,6 @@
 """The bank: making it, and searching it."""
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,16 +56,16 @@ def bank_build(bench: Bench) -> list[Row]:
         index.add(flat - flat.mean(axis=0))
         return index
 
-    seconds = bench.times({"ours": lambda: whole_bank(blocks, num), "theirs": theirs})
-    bank = whole_bank(blocks, num)
+    timed = bench.time({"ours": lambda: whole_bank(blocks, num), "theirs": theirs})
+    bank = timed.results["ours"]
     return [
         compare(
             f"bank_build_{bank.rows.shape[1]}",
-            seconds["ours"],
+            timed.seconds["ours"],
             "numpy mean, faiss IndexFlatL2.add",
-            seconds["theirs"],
+            timed.seconds["theirs"],
             agreement=f"{int(bank.count):,} rows",
-            agrees=int(bank.count) == theirs().ntotal,
+            agrees=int(bank.count) == timed.results["theirs"].ntotal,
         )
     ]
 
@@ -90,15 +89,14 @@ def _bank_search(bench: Bench, config: inreach_jax.InReachConfig) -> list[Row]:
     rows = np.asarray(bank.rows[: int(bank.count)])
     # A way of searching is a bank: what it holds decides how `score_patches` goes about it.
     ways = {"brute force": bank}
-    ours = {name: functools.partial(_score_patches, bank, images) for name, bank in ways.items()}
+    ours = {name: _compiled(bank, images) for name, bank in ways.items()}
     theirs = _searches(bench, queries, rows, all_of_them=dim < 512)
     if not theirs:
         return []
-    seconds = bench.times(ours | theirs)
-    reference = np.asarray(next(iter(theirs.values()))())  # of faiss where it is there
-    found = {
-        way: agreement(queries, rows, *_flat(search()), reference) for way, search in ours.items()
-    }
+    timed = bench.time(ours | theirs, warm_up=False)
+    seconds = timed.seconds
+    reference = timed.results[next(iter(theirs))]  # faiss where it is there
+    found = {way: agreement(queries, rows, *_flat(timed.results[way]), reference) for way in ours}
     return [
         compare(
             f"bank_search_{dim}, {way}, {len(rows):,} rows",
@@ -113,6 +111,13 @@ def _bank_search(bench: Bench, config: inreach_jax.InReachConfig) -> list[Row]:
     ]
 
 
+def _compiled(bank: NominalBank, images: jax.Array) -> Callable[[], Any]:
+    """A search that is compiled, and has been tried on one image."""
+    jax.block_until_ready(_score_patches(bank, images[:1]))
+    search = _score_patches.lower(bank, images).compile()
+    return lambda: search(bank, images)
+
+
 def _flat(result: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
     value, index = (np.asarray(x).reshape(-1) for x in result)
     return value, index
@@ -121,12 +126,17 @@ def _flat(result: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
 def _searches(
     bench: Bench, queries: np.ndarray, rows: np.ndarray, *, all_of_them: bool
 ) -> dict[str, Any]:
-    """Functions to the index of the nearest row, by the peer's name, of centred arrays."""
-    searches: dict[str, Any] = {}
+    """Functions to the index of the nearest row, by the peer's name, of centred arrays.
+
+    They have been tried on the queries of one image.
+    """
+    searches: dict[str, Callable[[], Any]] = {}
+    size = -(-len(queries) // BATCH)
     faiss = bench.peers.get("faiss")
     if faiss is not None:
         index = faiss.IndexFlatL2(rows.shape[1])
         index.add(rows)
+        index.search(queries[:size], 1)
         searches["faiss IndexFlatL2"] = lambda: index.search(queries, 1)[1][:, 0]
     if not all_of_them:
         return searches
@@ -136,14 +146,16 @@ def _searches(
         of_queries, of_rows = literal.tensor(queries), literal.tensor(rows)
 
         def of_images() -> np.ndarray:  # the whole matrix would be gigabytes
-            parts = of_queries.split(-(-len(queries) // BATCH))
+            parts = of_queries.split(size)
             return np.concatenate([literal.nearest(part, of_rows)[1].numpy() for part in parts])
 
+        literal.nearest(of_queries[:size], of_rows)
         searches["torch.cdist and min"] = of_images
     if bench.peers.get("sklearn") is not None:
         from sklearn.neighbors import NearestNeighbors
 
         model = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(rows)
+        model.kneighbors(queries[:size])
         searches["scikit-learn, brute"] = lambda: model.kneighbors(queries)[1][:, 0]
     return searches
 
@@ -214,14 +226,15 @@ def patchcore(bench: Bench) -> list[Row]:
     def theirs() -> list[tuple[Any, float]]:
         return [literal.patchcore_score(image, of_rows, neighbours=9) for image in queries]
 
-    seconds = bench.times({"ours": lambda: score(memory, images), "theirs": theirs})
-    apart = np.abs(np.array([x for _, x in theirs()]) / np.asarray(score(memory, images)[1]) - 1)
+    timed = bench.time({"ours": lambda: score(memory, images), "theirs": theirs})
+    of_images = np.array([image for _, image in timed.results["theirs"]])
+    apart = np.abs(np.asarray(timed.results["ours"][1]) / of_images - 1)
     return [
         compare(
             f"patchcore_score, {len(of_memory):,} rows",
-            seconds["ours"],
+            timed.seconds["ours"],
             "PatchCore's scoring, literally, in torch",
-            seconds["theirs"],
+            timed.seconds["theirs"],
             images=len(images),
             agreement=f"image scores within {apart.max():.0e}",
             agrees=bool(apart.max() < 1e-3),

@@ -54,16 +54,15 @@ def preprocessing(bench: Bench) -> list[Row]:
             images = (np.array(Image.open(file).convert("RGB")) for file in files)
             return [literal.preprocess(image, **scale, config=config) for image in images]
 
-        seconds = bench.times({"ours": ours, "theirs": theirs})
-        apart = max(
-            difference(a, b.permute(0, 2, 3, 1)) for a, b in zip(ours(), theirs(), strict=True)
-        )
+        timed = bench.time({"ours": ours, "theirs": theirs})
+    found = zip(timed.results["ours"], timed.results["theirs"], strict=True)
+    apart = max(difference(a, b.permute(0, 2, 3, 1)) for a, b in found)
     return [
         compare(
             "preprocessing",
-            seconds["ours"],
+            timed.seconds["ours"],
             "Pillow and torch interpolate",
-            seconds["theirs"],
+            timed.seconds["theirs"],
             images=len(files),
             agreement=f"within {apart:.0e} of the largest value",
             agrees=apart < 2e-2,  # antialiasing filters are cut off differently
@@ -77,8 +76,8 @@ def backbone(bench: Bench) -> list[Row]:
     batch = rng.standard_normal((8, 224, 224, 3), np.float32)
     lite = bench.backbone
     forward = jax.jit(lite.spec.apply)
-    seconds = bench.times({"ours": lambda: forward(lite.variables, batch)})
-    rows = [compare("backbone_lite0", seconds["ours"], "none", images=len(batch))]
+    timed = bench.time({"ours": lambda: forward(lite.variables, batch)})
+    rows = [compare("backbone_lite0", timed.seconds["ours"], "none", images=len(batch))]
     torch, torchvision = bench.peers.get("torch"), bench.peers.get("torchvision")
     if torch is None or torchvision is None:
         return rows
@@ -101,15 +100,14 @@ def backbone(bench: Bench) -> list[Row]:
                     taps.append(y)
         return taps
 
-    seconds = bench.times({"ours": lambda: wide(batch), "theirs": theirs})
-    apart = max(
-        difference(a, b.permute(0, 2, 3, 1)) for a, b in zip(wide(batch), theirs(), strict=True)
-    )
+    timed = bench.time({"ours": lambda: wide(batch), "theirs": theirs})
+    found = zip(timed.results["ours"], timed.results["theirs"], strict=True)
+    apart = max(difference(a, b.permute(0, 2, 3, 1)) for a, b in found)
     row = compare(
         "backbone_wide_resnet50_2",
-        seconds["ours"],
+        timed.seconds["ours"],
         "torchvision",
-        seconds["theirs"],
+        timed.seconds["theirs"],
         images=len(batch),
         agreement=f"within {apart:.0e} of the largest value",
         agrees=apart < 1e-4,
@@ -154,17 +152,15 @@ def _describe(bench: Bench, name: str, levels: Any) -> Row:
     levels = [jnp.asarray(level) for level in levels]
     step = jax.jit(functools.partial(descriptors.describe, **options))
     of_torch = [literal.tensor(level).permute(0, 3, 1, 2).contiguous() for level in levels]
-    functions = {
-        "ours": lambda: step(levels),
-        "theirs": lambda: literal.describe(of_torch, **options),
-    }
-    seconds = bench.times(functions)
-    apart = difference(functions["ours"](), functions["theirs"]())
+    timed = bench.time(
+        {"ours": lambda: step(levels), "theirs": lambda: literal.describe(of_torch, **options)}
+    )
+    apart = difference(timed.results["ours"], timed.results["theirs"])
     return compare(
         name,
-        seconds["ours"],
+        timed.seconds["ours"],
         "torch unfold, interpolate, pool",
-        seconds["theirs"],
+        timed.seconds["theirs"],
         images=len(levels[0]),
         agreement=f"within {apart:.0e} of the largest value",
         agrees=apart < 1e-4,
@@ -196,13 +192,14 @@ def mutual_nn(bench: Bench) -> list[Row]:
         p, q = literal.tensor(a), literal.tensor(b)
 
         functions |= {"torch": lambda: literal.mutual_nearest(p, q), "sgemm": lambda: p @ q.T}
-    seconds = bench.times(functions)
+    timed = bench.time(functions)
+    seconds = timed.seconds
     analysis = search.memory_analysis()
     memory = analysis.temp_size_in_bytes if analysis is not None else math.nan
     of = functools.partial(compare, "mutual_nn", seconds["search"])
     rows = [of("float32 matrix product, XLA", seconds["product"])]
     if "torch" in functions:
-        found = zip(functions["search"](), functions["torch"](), strict=True)
+        found = zip(timed.results["search"], timed.results["torch"], strict=True)
         equal = float(np.mean([np.asarray(x) == y.numpy() for x, y in found]))
         rows += [
             of("float32 matrix product, torch", seconds["sgemm"]),
@@ -259,41 +256,41 @@ def associate(bench: Bench) -> list[Row]:
             members, radii, of_founders, num_seeds=config.num_seeds, config=config
         ).multiplicity
 
-    joined, lists = members(seeds, images), literal.associate(theirs, config=config)
-    joins = {patch: founder for founder, list_ in lists.items() for patch in list_[1:]}
-    expected = np.full((num_images, num_patches), UNMATCHED)
-    for (image, patch), (seed, of_seed) in joins.items():
-        expected[image, patch] = seed * num_patches + of_seed
-    equal = float((np.asarray(joined.channel) == expected).mean())
-    associated = bench.times(
+    associated = bench.time(
         {
             "ours": lambda: members(seeds, images),
             "theirs": lambda: literal.associate(theirs, config=config),
         }
     )
-    found = np.asarray(keep(seeds, images, joined)) > 0
-    kept = literal.nominal_patches(theirs, lists, config=config)
-    filtered = bench.times(
+    joined, lists = associated.results["ours"], associated.results["theirs"]
+    expected = np.full((num_images, num_patches), UNMATCHED)
+    for (seed, of_seed), list_ in lists.items():
+        for image, patch in list_[1:]:  # the first one is the seed patch
+            expected[image, patch] = seed * num_patches + of_seed
+    equal = float((np.asarray(joined.channel) == expected).mean())
+    filtered = bench.time(
         {
             "ours": lambda: keep(seeds, images, joined),
             "theirs": lambda: literal.nominal_patches(theirs, lists, config=config),
         }
     )
+    found = np.asarray(filtered.results["ours"]) > 0
+    kept = filtered.results["theirs"]
     jaccard = jaccard_index(set(map(tuple, np.argwhere(found).tolist())), set(kept))
     return [
         compare(
             "association",
-            associated["ours"],
+            associated.seconds["ours"],
             "the same, literally, in torch",
-            associated["theirs"],
+            associated.seconds["theirs"],
             agreement=f"{equal:.4%} of patches join the same channel",
             agrees=equal >= 0.998,
         ),
         compare(
             "channels",
-            filtered["ours"],
+            filtered.seconds["ours"],
             "the same, literally, in torch",
-            filtered["theirs"],
+            filtered.seconds["theirs"],
             agreement=f"Jaccard index {jaccard:.4f} of nominal patches",
             agrees=jaccard >= 0.99,
         ),
@@ -313,33 +310,33 @@ def measures(bench: Bench) -> list[Row]:
         import sklearn.metrics
 
         roc_auc: Any = sklearn.metrics.roc_auc_score
-        functions = {
+        functions: dict[str, Any] = {
             "ours": lambda: metrics.auroc(maps, masks),
             "theirs": lambda: roc_auc(masks.reshape(-1), maps.reshape(-1)),
         }
-        seconds = bench.times(functions)
-        apart = abs(functions["ours"]() - float(functions["theirs"]()))
+        timed = bench.time(functions)
+        apart = abs(timed.results["ours"] - timed.results["theirs"])
         rows.append(
             compare(
                 "auroc",
-                seconds["ours"],
+                timed.seconds["ours"],
                 "scikit-learn",
-                seconds["theirs"],
+                timed.seconds["theirs"],
                 agreement=f"within {apart:.0e}",
                 agrees=apart < 1e-9,
             )
         )
-    seconds = bench.times(
+    timed = bench.time(
         {"ours": lambda: metrics.aupro(maps, masks), "theirs": lambda: literal_aupro(maps, masks)}
     )
-    apart = abs(metrics.aupro(maps, masks) - literal_aupro(maps, masks))
+    apart = abs(timed.results["ours"] - timed.results["theirs"])
     return [
         *rows,
         compare(
             "aupro",
-            seconds["ours"],
+            timed.seconds["ours"],
             "a loop over 200 thresholds and all regions",
-            seconds["theirs"],
+            timed.seconds["theirs"],
             agreement=f"within {apart:.0e}; ours is exact",
             agrees=apart < 5e-3,
         ),

@@ -30,7 +30,7 @@ def latency(bench: Bench) -> list[Row]:
     The peer is given our features, and does what follows them literally in PyTorch.
     """
     config = inreach_jax.InReachConfig()
-    bank = inreach_jax.fit(bench.backbone, bench.dataset.train.images, config=config)
+    bank = bench.bank
     score = jax.jit(inreach_jax.make_score_fn(bench.backbone, config))
     rows: list[Row] = []
     with bench.image_files(16) as files:
@@ -50,7 +50,7 @@ def latency(bench: Bench) -> list[Row]:
             theirs = _literal_score(bench, bank, config=config)
             functions["theirs"] = lambda: theirs(next_file("theirs"))
             apart = max(abs(theirs(file) / ours(file) - 1) for file in files[:4])
-        seconds = measure.interleaved(functions, seconds=2 * bench.seconds)
+        seconds = measure.interleaved(functions, seconds=2 * bench.seconds).seconds
     other = seconds.get("theirs")
     for name, quantile in _QUANTILES.items():
         row = compare(
@@ -97,8 +97,8 @@ def _literal_score(
 def throughput(bench: Bench) -> list[Row]:
     """Images in memory to scores, with the default's bank: 8 at a time against one by one."""
     config = inreach_jax.InReachConfig()
-    bank = inreach_jax.fit(bench.backbone, bench.dataset.train.images, config=config)
-    images = [np.asarray(image) for image in bench.dataset.test.images[:16]]
+    bank = bench.bank
+    images = [np.asarray(image) for image in bench.dataset.test.images[:8]]
 
     def score(batch_size: int) -> np.ndarray:
         scores = inreach_jax.score_images(
@@ -107,14 +107,14 @@ def throughput(bench: Bench) -> list[Row]:
         return np.concatenate([s.image for s in scores])
 
     eight, one = (functools.partial(score, size) for size in (8, 1))
-    seconds = bench.times({"ours": eight, "theirs": one})
-    apart = float(np.abs(eight() / one() - 1).max())
+    timed = bench.time({"ours": eight, "theirs": one})
+    apart = float(np.abs(timed.results["ours"] / timed.results["theirs"] - 1).max())
     return [
         compare(
             f"throughput_8, {int(bank.count):,} rows",
-            seconds["ours"],
+            timed.seconds["ours"],
             "ours, one by one",
-            seconds["theirs"],
+            timed.seconds["theirs"],
             images=len(images),
             agreement=f"image scores within {apart:.0e}",
             agrees=apart < 1e-4,
@@ -149,15 +149,13 @@ def cold_start(bench: Bench) -> list[Row]:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         run(kept)
-        seconds = measure.interleaved(
-            {"cached": lambda: run(kept), "bare": lambda: run({})}, seconds=bench.seconds
-        )
+        timed = bench.time({"cached": lambda: run(kept), "bare": lambda: run({})}, warm_up=False)
     return [
         compare(
             "cold_start",
-            seconds["cached"],
+            timed.seconds["cached"],
             "without the persistent compilation cache",
-            seconds["bare"],
+            timed.seconds["bare"],
         )
     ]
 
@@ -177,17 +175,18 @@ def end_to_end(bench: Bench) -> list[Row]:
     config = PAPER.replace(num_seeds=min(PAPER.num_seeds, num_train))
     ours = functools.partial(fit_and_score, train, test, config=config, batch_size=8)
     theirs = functools.partial(literal_fit_and_score, train, test, config=config, batch_size=8)
-    seconds = bench.times({"ours": ours, "theirs": theirs})
-    (bank, image, maps), (their_bank, their_image, their_maps) = ours(), theirs()
+    timed = bench.time({"ours": ours, "theirs": theirs})
+    bank, image, maps = timed.results["ours"]
+    their_bank, their_image, their_maps = timed.results["theirs"]
     jaccard = jaccard_index(bank, their_bank)
     apart = float(np.abs(image / their_image - 1).max())
     of_maps = float(np.abs(maps - their_maps).max() / np.abs(their_maps).max())
     return [
         compare(
             f"end_to_end, {num_train} + {num_test} images, features given",
-            seconds["ours"],
+            timed.seconds["ours"],
             "the published algorithm, literally, in torch",
-            seconds["theirs"],
+            timed.seconds["theirs"],
             agreement=(
                 f"Jaccard index {jaccard:.4f} of banks; image scores within {apart:.0e}, maps "
                 f"within {of_maps:.0e} of the largest value"
@@ -302,6 +301,7 @@ def fit(bench: Bench) -> list[Row]:
     }
     rows = []
     for phase, run in phases.items():
-        seconds = bench.times({name: functools.partial(run, name) for name in configs})
+        timed = bench.time({name: functools.partial(run, name) for name in configs})
+        seconds = timed.seconds
         rows.append(compare(phase, seconds["default"], "paper preset", seconds["paper"]))
     return rows
