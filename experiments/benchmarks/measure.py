@@ -106,12 +106,14 @@ class Bench:
       dataset: Whose images are used where real ones matter.
       peers: To be compared with.
       seconds: For each comparison, the warm-up not counted; `MIN_REPEATS` are made in any case.
-      batch_size: Of what a user would choose it for.
+      config: Of what has not options of its own: the default.
+      batch_size: Images per step.
     """
 
     dataset: Dataset
     peers: Peers
     seconds: float
+    config: inreach_jax.InReachConfig = inreach_jax.InReachConfig()
     batch_size: int = 8
 
     @functools.cached_property
@@ -122,7 +124,10 @@ class Bench:
     @functools.cached_property
     def bank(self) -> inreach_jax.NominalBank:
         """What the default makes of the training images."""
-        return inreach_jax.fit(self.backbone, self.dataset.train.images)
+        images = self.dataset.train.images
+        return inreach_jax.fit(
+            self.backbone, images, config=self.config, batch_size=self.batch_size
+        )
 
     @functools.cached_property
     def _described(self) -> dict[Any, extraction.DescriptorSet]:

@@ -4,7 +4,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+from matplotlib import ticker
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from experiments.benchmarks.measure import Row
@@ -40,10 +41,15 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *result["left_out"]]) + "\n"
 
 
+def _label(axis: Any, *, subs: Sequence[int]) -> None:
+    """Plain numbers along a logarithmic axis, at these multiples of powers of ten."""
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
 def draw_ratios(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """Ratios as bars on a logarithmic axis, with a line where both are equally fast."""
-    from matplotlib.figure import Figure
-
     shown = [row for row in rows if row["ratio"]]
     figure = Figure(figsize=(9, 1 + 0.28 * len(shown)), layout="constrained")
     axes = figure.subplots()
@@ -52,21 +58,20 @@ def draw_ratios(path: pathlib.Path, rows: Sequence[Row]) -> None:
     # From 1, so that what is slower points to the left.
     axes.barh(range(len(shown)), [r - 1 for r in ratios], left=1, color=colours)
     axes.set_xscale("log")
+    _label(axes.xaxis, subs=(1, 3))
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(
         range(len(shown)), [f"{row['name']} / {row['peer']}" for row in shown], fontsize=7
     )
     axes.invert_yaxis()
     for i, ratio in enumerate(ratios):
-        axes.annotate(f"{ratio:.2g}", (max(ratio, 1), i), va="center", fontsize=7)
+        axes.annotate(f" {ratio:.2g}", (max(ratio, 1), i), va="center", fontsize=7)
     axes.set_xlabel("peer's time / our time")
     figure.savefig(path, dpi=120)
 
 
 def draw_growth(path: pathlib.Path, points: Sequence[Row]) -> None:
     """Time against each size, both logarithmic, and a line of slope 1 through the first point."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(point["name"] for point in points))
     figure = Figure(figsize=(3 * len(names), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -77,7 +82,7 @@ def draw_growth(path: pathlib.Path, points: Sequence[Row]) -> None:
         axes.set_title(name, fontsize=8)
         axes.set_xlabel(here[0]["varies"])
         axes.set_ylabel("ms")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axes.minorticks_off()
+        _label(axes.yaxis, subs=(1, 2, 5))
+        _label(axes.xaxis, subs=(1,))
         axes.set_xticks(x)
     figure.savefig(path, dpi=120)

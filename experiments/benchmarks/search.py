@@ -85,7 +85,7 @@ def _bank_search(bench: Bench, config: inreach_jax.InReachConfig) -> list[Row]:
     bank = whole_bank(list(train.blocks), train.num_images)
     images = test.first(min(BATCH, test.num_images))
     dim = images.shape[-1]
-    queries = np.asarray((images - bank.centre).reshape(-1, dim))
+    queries = (np.asarray(images) - np.asarray(bank.centre)).reshape(-1, dim)
     rows = np.asarray(bank.rows[: int(bank.count)])
     # A way of searching is a bank: what it holds decides how `score_patches` goes about it.
     ways = {"brute force": bank}
@@ -215,13 +215,13 @@ def patchcore(bench: Bench) -> list[Row]:
     kept[::10] = 1
     of_memory = np.flatnonzero(kept)
     capacity = bank_lib.bank_capacity(len(of_memory))
-    rows = jnp.zeros((capacity, images.shape[-1]), jnp.float32)
-    rows = rows.at[: len(of_memory)].set(whole.rows[of_memory] + whole.centre)
-    bank = bank_lib.make_bank(rows, multiplicity=kept.reshape(train.num_images, -1))
-    memory = peers.Memory(bank=bank, weight=jnp.ones(capacity), neighbours=9)
+    rows = np.zeros((capacity, images.shape[-1]), np.float32)
+    rows[: len(of_memory)] = np.asarray(whole.rows)[of_memory] + np.asarray(whole.centre)
+    bank = bank_lib.make_bank(jnp.asarray(rows), multiplicity=kept.reshape(train.num_images, -1))
+    memory = peers.Memory(bank=bank, weight=jnp.ones(capacity, jnp.float32), neighbours=9)
     score = jax.jit(peers.score)
     of_rows = literal.tensor(bank.rows[: len(of_memory)])
-    queries = literal.tensor(images - bank.centre)
+    queries = literal.tensor(np.asarray(images) - np.asarray(bank.centre))
 
     def theirs() -> list[tuple[Any, float]]:
         return [literal.patchcore_score(image, of_rows, neighbours=9) for image in queries]

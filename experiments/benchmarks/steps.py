@@ -21,6 +21,8 @@ from inreach_jax.types import UNMATCHED
 
 PAPER = inreach_jax.PRESETS["paper"].replace(positional="off")
 """The published options; the test for position is left out on both sides."""
+BATCH_SHAPE = (8, 224, 224, 3)
+"""Of the images that backbones are compared on."""
 WIDE_TAPS = BACKBONES["wide_resnet50_2"].default_taps
 
 
@@ -38,7 +40,7 @@ def preprocessing(bench: Bench) -> list[Row]:
 
     from experiments.benchmarks import literal
 
-    config = inreach_jax.InReachConfig()
+    config = bench.config
     scale: dict[str, Any] = {"mean": bench.backbone.spec.mean, "std": bench.backbone.spec.std}
     step = jax.jit(
         lambda images: images_lib.normalize(
@@ -73,7 +75,7 @@ def preprocessing(bench: Bench) -> list[Row]:
 def backbone(bench: Bench) -> list[Row]:
     """Feature maps of 8 images of 224 pixels; Wide-ResNet-50-2 against torchvision's."""
     rng = np.random.default_rng(0)
-    batch = rng.standard_normal((8, 224, 224, 3), np.float32)
+    batch = rng.standard_normal(BATCH_SHAPE, np.float32)
     lite = bench.backbone
     forward = jax.jit(lite.spec.apply)
     timed = bench.time({"ours": lambda: forward(lite.variables, batch)})

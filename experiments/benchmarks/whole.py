@@ -29,7 +29,7 @@ def latency(bench: Bench) -> list[Row]:
 
     The peer is given our features, and does what follows them literally in PyTorch.
     """
-    config = inreach_jax.InReachConfig()
+    config = bench.config
     bank = bench.bank
     score = jax.jit(inreach_jax.make_score_fn(bench.backbone, config))
     rows: list[Row] = []
@@ -96,7 +96,7 @@ def _literal_score(
 
 def throughput(bench: Bench) -> list[Row]:
     """Images in memory to scores, with the default's bank: 8 at a time against one by one."""
-    config = inreach_jax.InReachConfig()
+    config = bench.config
     bank = bench.bank
     images = [np.asarray(image) for image in bench.dataset.test.images[:8]]
 
@@ -127,7 +127,7 @@ def cold_start(bench: Bench) -> list[Row]:
 
     With what an earlier process has left in JAX's persistent compilation cache, against without.
     """
-    config = inreach_jax.InReachConfig()
+    config = bench.config
     images = bench.dataset.train.images[: min(16, len(bench.dataset.train))]
     bank = inreach_jax.fit(bench.backbone, images, config=config)
     with bench.image_files(1) as files, tempfile.TemporaryDirectory() as folder:
