@@ -12,6 +12,9 @@ from experiments.benchmarks.measure import Row
 
 HEADERS = ("name", "unit", "ours", "peer", "peer_value", "ratio", "spread", "agreement")
 
+BUSY = 0.5
+"""Load average for each core, before anything is measured, from which on a run is not alone."""
+
 
 def table(rows: Sequence[Row]) -> str:
     """A row of Markdown for each; the ratio is above 1 where we are faster, or need less."""
@@ -32,6 +35,12 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"before and {load['after'][0]:.1f} after; {sum(result['seconds'].values()):.0f} s; data: "
         f"{result['data']}. {versions}.",
     ]
+    if load["before"][0] > BUSY * hardware["cores"]:
+        parts.append(
+            "**Other programs ran at the same time.** Threads that wait for one another by spinning, "
+            "as those of OpenMP do, lose more by it than XLA's: with more than one thread, ratios "
+            "against torch and faiss are too high."
+        )
     if result["rows"]:
         parts.append(table(result["rows"]))
     if result["growth"]:
