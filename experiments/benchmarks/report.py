@@ -37,9 +37,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     if load["before"][0] > BUSY * hardware["cores"]:
         parts.append(
-            "**Other programs ran at the same time.** Threads that wait for one another by spinning, "
-            "as those of OpenMP do, lose more by it than XLA's: with more than one thread, ratios "
-            "against torch and faiss are too high."
+            "**Other programs ran at the same time.** Threads that wait for one another by "
+            "spinning, as those of OpenMP do, lose more by it than XLA's: with more than one "
+            "thread, ratios against torch and faiss are too high."
         )
     if result["rows"]:
         parts.append(table(result["rows"]))
