@@ -261,6 +261,14 @@ def test_descriptors_against_torch(bench: Bench) -> None:
     check([row], "x")
 
 
+@pytest.mark.usefixtures("literal")
+def test_end_to_end_with_random_weights(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "BACKBONES", {"wide_resnet50_2": tiny.SPEC})
+    monkeypatch.setattr(whole, "WIDE_TAPS", (0, 1))
+    rows = whole.end_to_end_wide(bench)
+    check(rows, "end_to_end_wide, 6 + 4 images, features given")
+
+
 def test_end_to_end_notices_another_bank(
     bench: Bench, literal: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +358,16 @@ def test_binary_fails_where_results_differ(
 def test_unknown_name(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="there is no speed; there are"):
         run_main(tmp_path, ["speed"])
+
+
+def test_what_takes_minutes_has_to_be_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(benchmark.SLOW) < set(benchmark.BENCHMARKS)
+    monkeypatch.setattr(benchmark, "BENCHMARKS", {"a": one_row(agrees=True), "b": None})
+    monkeypatch.setattr(benchmark, "SLOW", ("b",))
+    run_main(tmp_path)
+    assert list(json.loads((tmp_path / "benchmark.json").read_text())["seconds"]) == ["a"]
 
 
 def test_help_says_what_each_does() -> None:

@@ -146,11 +146,17 @@ class Bench:
         return self._described[part, options]
 
     def levels(
-        self, part: str, num: int, *, config: inreach_jax.InReachConfig
+        self,
+        part: str,
+        num: int,
+        *,
+        config: inreach_jax.InReachConfig,
+        backbone: inreach_jax.Backbone | None = None,
     ) -> tuple[jax.Array, ...]:
         """Feature maps [num, h, w, c] of the first images of `train` or `test`."""
         images = getattr(self.dataset, part).images
-        each = [feature_maps(self.backbone, images[i][None], config=config) for i in range(num)]
+        backbone = backbone or self.backbone
+        each = [feature_maps(backbone, images[i][None], config=config) for i in range(num)]
         return tuple(jnp.concatenate(level) for level in zip(*each, strict=True))
 
     @contextlib.contextmanager
