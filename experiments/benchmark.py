@@ -36,6 +36,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import flags
 
@@ -107,36 +108,36 @@ def main() -> None:
     dataset = load_dataset()
     peers = Peers(cores=measure.num_cores())
     bench = Bench(dataset=dataset, peers=peers, seconds=_SECONDS.value)
-    load_before = os.getloadavg()
     rows: list[Row] = []
     points: list[Row] = []
-    taken = {}
-    for name in names:
-        print(f"{name}: {_summary(BENCHMARKS[name])}", flush=True)
-        start = time.perf_counter()
-        (points if name == "growth" else rows).extend(BENCHMARKS[name](bench))
-        taken[name] = time.perf_counter() - start
-    result = {
+    taken: dict[str, float] = {}
+    result: dict[str, Any] = {
         "rows": rows,
         "growth": points,
-        "left_out": peers.left_out,
-        "versions": runner.versions() | peers.versions,
         "hardware": measure.hardware(),
         "threads": measure.num_cores(),
-        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "load_average": {"before": os.getloadavg()},
         "data": f"{dataset.name}, {len(dataset.train)} + {len(dataset.test)} images",
         "seconds": taken,
         "command": runner.command(),
         "date": datetime.date.today().isoformat(),
     }
-    runner.write_json(workdir / "benchmark.json", result)
-    text = report.markdown(result)
-    runner.write_bytes(workdir / "benchmark.md", text.encode())
+    for name in names:
+        print(f"{name}: {_summary(BENCHMARKS[name])}", flush=True)
+        start = time.perf_counter()
+        (points if name == "growth" else rows).extend(BENCHMARKS[name](bench))
+        taken[name] = time.perf_counter() - start
+        result["load_average"]["after"] = os.getloadavg()
+        result["left_out"] = peers.left_out
+        result["versions"] = runner.versions() | peers.versions
+        # After each, so that what was measured is there when the rest is interrupted.
+        runner.write_json(workdir / "benchmark.json", result)
+        runner.write_bytes(workdir / "benchmark.md", report.markdown(result).encode())
     if any(row["ratio"] for row in rows):
         report.draw_ratios(workdir / "benchmark.png", rows)
     if points:
         report.draw_growth(workdir / "growth.png", points)
-    print(f"\n{text}\nAll of it is in {workdir}")
+    print(f"\n{report.markdown(result)}\nAll of it is in {workdir}")
     broken = [
         f"{row['name']} / {row['peer']}: {row['agreement']}" for row in rows if not row["agrees"]
     ]

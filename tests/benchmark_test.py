@@ -355,6 +355,20 @@ def test_binary_fails_where_results_differ(
     assert json.loads((tmp_path / "benchmark.json").read_text())["rows"]  # to be looked at
 
 
+def test_what_was_measured_stays_when_the_rest_is_interrupted(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(bench: Bench) -> list[Row]:
+        """Ctrl-C."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "BENCHMARKS", {"one": one_row(agrees=True), "two": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        run_main(tmp_path)
+    assert len(json.loads((tmp_path / "benchmark.json").read_text())["rows"]) == 1
+    assert "| x " in (tmp_path / "benchmark.md").read_text()
+
+
 def test_unknown_name(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="there is no speed; there are"):
         run_main(tmp_path, ["speed"])
