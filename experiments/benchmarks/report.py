@@ -74,7 +74,7 @@ def draw_ratios(path: pathlib.Path, rows: Sequence[Row]) -> None:
     )
     axes.invert_yaxis()
     for i, ratio in enumerate(ratios):
-        axes.annotate(f" {ratio:.2g}", (max(ratio, 1), i), va="center", fontsize=7)
+        axes.annotate(f" {ratio:.3g}", (max(ratio, 1), i), va="center", fontsize=7)
     axes.set_xlabel("peer's time / our time")
     figure.savefig(path, dpi=120)
 
