@@ -1,145 +1,148 @@
 """How fast the library is, as ratios against peers measured in the same run, interleaved.
 
-    python -m experiments.benchmark --only=mutual_nn
+    pip install ".[bench]"
+    python -m experiments.benchmark [--data_dir=DIR --category=screw] [--only=mutual_nn,bank_search]
 
-`mutual_nn`: mutual nearest neighbours of two sets of 3136 x 1024 float32 descriptors (a 56 x 56
-grid, the paper's D). The peer is the plain product of the same two matrices at the same precision:
-the rate that the machine's float32 matrix product reaches, which no exact search by products beats.
-Also prints the memory that the search needs beyond its inputs and outputs.
+Everything is measured in turns with what a user would take instead: PyTorch, faiss, scikit-learn,
+Pillow, and the published algorithm and PatchCore's scoring written literally in PyTorch
+(`experiments.benchmarks.literal`). Peers that are not installed are named, and their rows left out.
+All of them, and XLA, have the same cores. With --data_dir, real images are those of a category
+there, 120 to train on and 16 to score; otherwise the demonstration set's bricks, 40 and 16.
 
-`fit`: fitting 40 images and scoring 30 with the default, features included, against the same with
-the paper preset, which remembers fewer patches of twice the dimension.
+What there is, for --only:
 
-Writes `benchmark.json` into --workdir (results/benchmark): rows of `name`, `unit`, `ours`, `peer`,
-`peer_value`, `ratio` (peer / ours for times), `spread` (interquartile range over median of ours).
-Medians after a warm-up. Expected on two cores: docs/benchmarks.md.
+    preprocessing  backbone  descriptors  mutual_nn  association  bank_build  bank_search
+    patchcore  latency  throughput  cold_start  metrics  end_to_end  fit  memory  growth
+    end_to_end_wide
+
+--helpfull says what each does; the last one takes minutes, and has to be named. --seconds is what
+each comparison may take, and at least three rounds are made: with the default, the whole is meant
+to take less than ten minutes on two cores.
+
+Writes into --workdir (results/benchmark)
+
+    benchmark.json   rows of `name`, `unit`, `ours`, `peer`, `peer_value`, `ratio` (above 1: we are
+                     faster), `spread` (interquartile range over median of ours), `agreement` and
+                     `agrees`; points of growth; versions, hardware, load before and after, command
+    benchmark.md     the same as a table
+    benchmark.png    the ratios
+    growth.png       time against sizes, where they were measured
+
+Medians after a warm-up. Ends with an error if results differ from a peer's by more than they may.
+Expected on two cores: docs/benchmarks.md.
 """
 
-import functools
-import math
+import datetime
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
-from jax import lax
-from tabulate import tabulate
 
-import inreach_jax
 from experiments import common_flags, runner
-from inreach_jax import distances
-from inreach_jax.datasets import demo
+from experiments.benchmarks import growth, measure, report, search, steps, whole
+from experiments.benchmarks.measure import Bench, Peers, Row
+from inreach_jax.datasets import Dataset, demo
 
-_ONLY = flags.DEFINE_list("only", None, "Names of benchmarks; all of them by default.")
-_REPEATS = flags.DEFINE_integer("repeats", 15, "Measurements of each.", lower_bound=3)
+Benchmark = Callable[[Bench], list[Row]]
 
-Row = dict[str, Any]
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "preprocessing": steps.preprocessing,
+    "backbone": steps.backbone,
+    "descriptors": steps.describe,
+    "mutual_nn": steps.mutual_nn,
+    "association": steps.associate,
+    "bank_build": search.bank_build,
+    "bank_search": search.bank_search,
+    "patchcore": search.patchcore,
+    "latency": whole.latency,
+    "throughput": whole.throughput,
+    "cold_start": whole.cold_start,
+    "metrics": steps.measures,
+    "end_to_end": whole.end_to_end,
+    "end_to_end_wide": whole.end_to_end_wide,
+    "fit": whole.fit,
+    "memory": growth.memory,
+    "growth": growth.growth,
+}
 
-
-def interleaved(
-    functions: Mapping[str, Callable[[], Any]], *, repeats: int
-) -> dict[str, np.ndarray]:
-    """Seconds of each function, [repeats] each, taken in turns so that load hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():  # compiles and warms up
-        jax.block_until_ready(function())
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def compare(name: str, ours: np.ndarray, peer: str, theirs: np.ndarray) -> Row:
-    """A row of times in milliseconds."""
-    low, median, high = np.quantile(ours, (0.25, 0.5, 0.75))
-    return {
-        "name": name,
-        "unit": "ms",
-        "ours": 1e3 * median,
-        "peer": peer,
-        "peer_value": 1e3 * float(np.median(theirs)),
-        "ratio": float(np.median(theirs) / median),
-        "spread": (high - low) / median,
-    }
+SLOW = ("end_to_end_wide",)
+"""Only where --only names them."""
 
 
-def mutual_nn(repeats: int) -> list[Row]:
-    """Mutual nearest neighbours against the bare matrix product."""
-    rng = np.random.default_rng(0)
-    a, b = (jax.numpy.asarray(rng.standard_normal((3136, 1024), np.float32)) for _ in range(2))
-    centre = jax.numpy.mean(a, axis=0)
-    search = jax.jit(distances.mutual_nearest).lower(a, b, centre=centre).compile()
-    product = jax.jit(
-        lambda a, b: lax.dot_general(
-            a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-        )
-    )
-    seconds = interleaved(
-        {"search": lambda: search(a, b, centre=centre), "product": lambda: product(a, b)},
-        repeats=repeats,
-    )
-    analysis = search.memory_analysis()
-    memory = analysis.temp_size_in_bytes if analysis is not None else math.nan
-    return [
-        compare("mutual_nn", seconds["search"], "float32 matrix product", seconds["product"]),
-        {
-            "name": "mutual_nn_memory",
-            "unit": "MiB beyond inputs and outputs",
-            "ours": memory / 2**20,
-            "peer": "the whole distance matrix",
-            "peer_value": a.shape[0] * b.shape[0] * 4 / 2**20,
-            "ratio": a.shape[0] * b.shape[0] * 4 / memory,
-            "spread": 0.0,
-        },
-    ]
+def _summary(benchmark: Benchmark) -> str:
+    return (benchmark.__doc__ or "").partition("\n")[0]
 
 
-def fit(repeats: int) -> list[Row]:
-    """Fitting and scoring with the default against the paper preset, on the demo set's bricks."""
-    dataset = demo.make_demo("brick")
-    backbone = inreach_jax.load_backbone("efficientnet_lite0")
-    configs = {name: inreach_jax.PRESETS[name] for name in ("default", "paper")}
-    train = functools.partial(inreach_jax.fit, backbone, dataset.train.images)
-    banks = {name: train(config=config) for name, config in configs.items()}
-
-    def score(name: str) -> list[inreach_jax.Scores]:
-        test = dataset.test.images
-        config = configs[name]
-        return list(inreach_jax.score_images(backbone, banks[name], test, config=config))
-
-    phases: dict[str, Callable[[str], Any]] = {
-        "fit": lambda name: train(config=configs[name]),
-        "score": score,
-    }
-    rows = []
-    for phase, run in phases.items():
-        seconds = interleaved(
-            {name: functools.partial(run, name) for name in configs}, repeats=repeats
-        )
-        rows.append(compare(phase, seconds["default"], "paper preset", seconds["paper"]))
-    return rows
+_ONLY = flags.DEFINE_list(
+    "only",
+    None,
+    "Which benchmarks; by default all but the slow. "
+    + " ".join(f"{name}: {_summary(run)}" for name, run in BENCHMARKS.items()),
+)
+_SECONDS = flags.DEFINE_float("seconds", 3.0, "For each comparison.", lower_bound=0.0)
+_NUM_TRAIN, _NUM_TEST = 120, 16
 
 
-BENCHMARKS: Mapping[str, Callable[[int], list[Row]]] = {"mutual_nn": mutual_nn, "fit": fit}
+def load_dataset() -> Dataset:
+    """Real images where there are some, else the demonstration set's bricks.
+
+    Raises:
+      ValueError: the flags do not fit together.
+      OSError: the images cannot be read.
+    """
+    if common_flags.DATA_DIR.value is None and common_flags.TFDS_DIR.value is None:
+        return demo.make_demo("brick", num_test=_NUM_TEST)
+    dataset = common_flags.load(common_flags.required(common_flags.CATEGORY))
+    return runner.limit(dataset, max_train=_NUM_TRAIN, max_test=_NUM_TEST)
 
 
 def main() -> None:
     """Runs the benchmarks that the flags name."""
-    names = _ONLY.value or list(BENCHMARKS)
+    names = _ONLY.value or [name for name in BENCHMARKS if name not in SLOW]
     unknown = sorted(set(names) - set(BENCHMARKS))
     if unknown:
         raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {list(BENCHMARKS)}")
     workdir = runner.make_workdir(common_flags.WORKDIR.value or "results/benchmark")
-    rows = [row for name in names for row in BENCHMARKS[name](_REPEATS.value)]
-    runner.write_json(
-        workdir / "benchmark.json",
-        {"rows": rows, "versions": runner.versions(), "command": runner.command()},
-    )
-    print(tabulate(rows, headers="keys", floatfmt=".3g", tablefmt="github"))
+    dataset = load_dataset()
+    peers = Peers(cores=measure.num_cores())
+    bench = Bench(dataset=dataset, peers=peers, seconds=_SECONDS.value)
+    rows: list[Row] = []
+    points: list[Row] = []
+    taken: dict[str, float] = {}
+    result: dict[str, Any] = {
+        "rows": rows,
+        "growth": points,
+        "hardware": measure.hardware(),
+        "threads": measure.num_cores(),
+        "load_average": {"before": os.getloadavg()},
+        "data": f"{dataset.name}, {len(dataset.train)} + {len(dataset.test)} images",
+        "seconds": taken,
+        "command": runner.command(),
+        "date": datetime.date.today().isoformat(),
+    }
+    for name in names:
+        print(f"{name}: {_summary(BENCHMARKS[name])}", flush=True)
+        start = time.perf_counter()
+        (points if name == "growth" else rows).extend(BENCHMARKS[name](bench))
+        taken[name] = time.perf_counter() - start
+        result["load_average"]["after"] = os.getloadavg()
+        result["left_out"] = peers.left_out
+        result["versions"] = runner.versions() | peers.versions
+        # After each, so that what was measured is there when the rest is interrupted.
+        runner.write_json(workdir / "benchmark.json", result)
+        runner.write_bytes(workdir / "benchmark.md", report.markdown(result).encode())
+    if any(row["ratio"] for row in rows):
+        report.draw_ratios(workdir / "benchmark.png", rows)
+    if points:
+        report.draw_growth(workdir / "growth.png", points)
+    print(f"\n{report.markdown(result)}\nAll of it is in {workdir}")
+    broken = [
+        f"{row['name']} / {row['peer']}: {row['agreement']}" for row in rows if not row["agrees"]
+    ]
+    if broken:
+        raise ValueError(f"results differ from a peer's by more than they may: {'; '.join(broken)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ dimensions, upsampled to the grid of the first level, concatenated, and pooled o
 `descriptor_dim`. All of it is linear, so it is computed as one 3x3 convolution per level, straight
 to that level's share of the D outputs, whose small map is upsampled and added in its place. The
 largest intermediate is [B, Hp, Wp, D] instead of [B, Hp, Wp, levels * level_dim].
+
+Pooling averages what stands side by side, so each output sees a few channels only, and the kernel
+is nearly diagonal. It is cut into bands of outputs, each with the channels that it sees.
 """
 
 import functools
@@ -14,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+_BANDS = 4
+"""More save little: bands overlap, and narrow convolutions are slow."""
 
 
 def num_dims(channels: Sequence[int], *, level_dim: int | None, descriptor_dim: int) -> int:
@@ -52,24 +58,31 @@ def describe(
     batch, height, width, _ = levels[0].shape
     channels = tuple(x.shape[3] for x in levels)
     out = num_dims(channels, level_dim=level_dim, descriptor_dim=descriptor_dim)
-    total = jnp.zeros((batch, height, width, out), jnp.float32)
+    shares = []
     kernels = _kernels(channels, level_dim=level_dim, descriptor_dim=descriptor_dim)
-    for level, (start, kernel) in zip(levels, kernels, strict=True):
-        share = lax.conv_general_dilated(
-            level,
-            jnp.asarray(kernel),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision,
+    for level, (start, bands) in zip(levels, kernels, strict=True):
+        share = jnp.concatenate(
+            [
+                lax.conv_general_dilated(
+                    level[..., first : first + kernel.shape[2]],
+                    jnp.asarray(kernel),
+                    window_strides=(1, 1),
+                    padding="SAME",
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    precision=precision,
+                )
+                for first, kernel in bands
+            ],
+            axis=-1,
         )
         if share.shape[1:3] != (height, width):
             shape = (batch, height, width, share.shape[3])
             share = jax.image.resize(
                 share, shape, "bilinear", antialias=False, precision=lax.Precision.HIGHEST
             )
-        stop = start + share.shape[3]
-        total = total.at[..., start:stop].add(share)
+        behind = out - start - share.shape[3]
+        shares.append(jnp.pad(share, ((0, 0), (0, 0), (0, 0), (start, behind))))
+    total = functools.reduce(jnp.add, shares)
     return total.reshape(batch, height * width, out)
 
 
@@ -107,8 +120,11 @@ def append_position(descriptors: jax.Array, position: jax.Array) -> jax.Array:
 @functools.lru_cache(maxsize=4)  # a second of work for thirteen levels, and traced repeatedly
 def _kernels(
     channels: tuple[int, ...], *, level_dim: int | None, descriptor_dim: int
-) -> list[tuple[int, np.ndarray]]:
-    """Per level the first of its outputs, and the kernel [3, 3, C_l, outputs] float32 to them."""
+) -> list[tuple[int, list[tuple[int, np.ndarray]]]]:
+    """Per level the first of its outputs, and the kernel to them in bands of consecutive outputs.
+
+    A band is the first channel that it sees and its kernel, [3, 3, channels, outputs] float32.
+    """
     dims = [c if level_dim is None else level_dim for c in channels]
     last_pool = _adaptive_pool(sum(dims), min(sum(dims), descriptor_dim))
     kernels = []
@@ -119,9 +135,19 @@ def _kernels(
         start, stop = int(used[0]), int(used[-1]) + 1
         flat = share[start:stop] @ _adaptive_pool(9 * c, dim)  # [outputs, C * 9], channel-major
         kernel = flat.reshape(stop - start, c, 3, 3).transpose(2, 3, 1, 0)
-        kernels.append((start, np.ascontiguousarray(kernel, dtype=np.float32)))
+        kernels.append((start, _bands(kernel.astype(np.float32))))
         offset += dim
     return kernels
+
+
+def _bands(kernel: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Cuts a kernel [3, 3, C, outputs] into bands of outputs."""
+    bands = []
+    for part in np.array_split(kernel, min(_BANDS, kernel.shape[3]), axis=3):
+        seen = np.flatnonzero(part.any(axis=(0, 1, 3)))
+        first, stop = int(seen[0]), int(seen[-1]) + 1
+        bands.append((first, np.ascontiguousarray(part[:, :, first:stop])))
+    return bands
 
 
 def _adaptive_pool(size: int, out: int) -> np.ndarray:
