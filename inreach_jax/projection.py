@@ -35,11 +35,13 @@ MIN_SPAN = 3
 NUM_STEPS = 200
 """Of training."""
 
+BATCH_SIZE = 512
+"""Pairs in each step."""
+
 _MIN_CHANNELS = 2
 _POSITION = 2  # dimensions
 _ASSOCIATION_DIM = 128  # principal directions that tell neighbours as well as all do
 _SEED = 0
-_BATCH = 512
 _RATE = 1e-3
 _ORTHONORMAL_STEPS = 4  # from singular values in [0.7, 1.3] to 1, within rounding
 _CHUNK = 512  # rows that are projected at a time
@@ -171,6 +173,7 @@ def learn_projection(
     weight: jax.Array,
     start: jax.Array,
     num_steps: int = NUM_STEPS,
+    batch_size: int = BATCH_SIZE,
 ) -> jax.Array:
     """Directions in which patches of one channel are nearer than those of others.
 
@@ -184,6 +187,7 @@ def learn_projection(
       weight: [K] float32 >= 0, some of them > 0: pairs are drawn in proportion to it.
       start: [D, d] float32, orthonormal columns, where training starts.
       num_steps: Steps of Adam, whose rate falls to 0.
+      batch_size: Pairs in each.
 
     Returns:
       [D, d] float32, orthonormal columns.
@@ -213,7 +217,7 @@ def learn_projection(
         state: tuple[jax.Array, optax.OptState], key: jax.Array
     ) -> tuple[tuple[jax.Array, optax.OptState], None]:
         projection, moments = state
-        at = upto[-1] * jax.random.uniform(key, (_BATCH,))
+        at = upto[-1] * jax.random.uniform(key, (batch_size,))
         drawn = jnp.searchsorted(upto, at, side="right").astype(jnp.int32)
         gradient = jax.grad(loss)(projection, jnp.minimum(drawn, len(upto) - 1))
         # Along the orthonormal matrices: the rest of it would be taken back.
@@ -255,7 +259,7 @@ def project_bank(bank: NominalBank, projection: jax.Array, *, mesh: Mesh | None)
 
 
 _channel_pairs = jax.jit(channel_pairs, static_argnames="positional")
-_learn = jax.jit(learn_projection, static_argnames="num_steps")
+_learn = jax.jit(learn_projection, static_argnames=("num_steps", "batch_size"))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
