@@ -95,7 +95,8 @@ def score_crops(
 
     Args:
       variables: Of the backbone.
-      bank: Fitted with the same backbone and config. Its width tells whether position is used.
+      bank: Fitted with the same backbone and config. Its centre's width tells whether position is
+        used.
       crops: [B, h, w, 3] float32 in [0, 255].
       spec: The backbone's.
       config: That the bank was fitted with.
