@@ -72,6 +72,8 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "position on": {"positional": "on"},
     "aligned": {"alignment": "rotation"},
 }
+# How many dimensions a projection leaves.
+_PROJECTED_DIMS = (256, 128, 64, 32)
 # The share of the patches that is remembered, of 784 an image; a limit is in rows.
 _ROW_SHARES = (0.3, 0.1, 0.03)
 # A memory that is searched for the nearest patch, whose map's maximum is the image score.
@@ -101,6 +103,10 @@ def variants(*, num_patches: int) -> dict[str, sweep.Method]:
     named = {name: presets[name] for name in ("default", "channels", "paper", "official")}
     for choice, changes in _CHOICES.items():
         named[f"default: {choice}"] = default.replace(**changes)
+    for kind, dim in itertools.product(("pca", "learned"), _PROJECTED_DIMS):
+        named[f"default: {dim} dimensions {kind}"] = default.replace(
+            projection=kind, projected_dim=dim
+        )
     for share in _ROW_SHARES:
         limit = round(share * num_patches)
         named[f"default: {share:.0%} of the rows"] = default.replace(max_bank_rows=limit)

@@ -215,7 +215,7 @@ def fit_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
 def row_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
     """The config with everything at its default that the rows of a bank do not depend on."""
     config = fit_options(config)
-    if config.nominal != "all":
+    if config.nominal != "all" or config.projection != "none":  # which is made of the seeds
         return config
     default = inreach_jax.InReachConfig()
     return config.replace(num_seeds=default.num_seeds, spread_growth=default.spread_growth)

@@ -37,6 +37,10 @@ class InReachConfig:
         `images.is_positional` on the training images.
       position_weight: Distance, in descriptor units, that position adds from one edge of the grid
         to the other.
+      projection: A linear map, fitted to the seeds, that makes descriptors shorter before they are
+        compared (`inreach_jax.projection`). "none"; "pca", the directions in which they vary most;
+        "learned", trained so that patches of one channel are near and others are far.
+      projected_dim: Dimensions that are left of D; position comes on top. Unused with "none".
       nominal: Which patches are the bank. "channels": those of the channels that are kept, and a
         patch is scored by its nearest (published). "all": every patch, and one that is scored must
         be shared by several images (`inreach_jax.support`).
@@ -86,6 +90,8 @@ class InReachConfig:
     descriptor_dim: int = 512
     positional: Literal["auto", "on", "off"] = "auto"
     position_weight: float = 5.0
+    projection: Literal["none", "pca", "learned"] = "none"
+    projected_dim: int = 128
     nominal: Literal["channels", "all"] = "all"
     spread_growth: float = 0.1
     max_bank_rows: int | None = 120_000

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from inreach_jax import bank as bank_lib
 from inreach_jax import channels as channels_lib
 from inreach_jax import extraction, reduction, sharding, support
+from inreach_jax import projection as projection_lib
 from inreach_jax.association import associate, select_members
 from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
@@ -142,7 +143,7 @@ def fit_descriptors(
     Args:
       descriptors: Of N training images. Where `config.nominal` is "channels" the first ones are the
         seeds; otherwise their order does not matter beyond which of them are.
-      config: All options from `nominal` to `max_channel_std` are used.
+      config: All options from `projection` to `max_channel_std` are used.
       progress: Told after each block, phases "association", "channels" and "bank" ("association"
         and "bank" where `config.nominal` is "all").
 
@@ -390,6 +391,7 @@ def _fit_all(
     """The bank of all patches, and the span that the seeds show to be asked for."""
     num_images, size, mesh = source.num_images, source.size, source.mesh
     num_blocks = -(-num_images // size)
+    projection_lib.check_dim(bare_dim=source.bare_dim, config=config)
     thinning = _Thinning(source, config=config)
     seed_index = support.spread_seeds(num_images=num_images, num_seeds=config.num_seeds)
     collector = _Collector(
@@ -428,6 +430,11 @@ def _fit_all(
             where, sharding.place(source.keep[seed_index], mesh=mesh), axis=0
         )
     of_seeds = seeds.finish(of_seed_patches)
+    projection = _fit_projection(
+        of_seeds, positional=of_seeds.shape[2] > source.bare_dim, config=config, mesh=mesh
+    )
+    if projection is not None:  # the span is of what will be searched
+        of_seeds = _project(of_seeds, projection)
     hard, usual = _seed_growth(of_seeds, seed_index, size=size, mesh=mesh, progress=progress)
     span = support.choose_span(growth=hard, tolerance=config.spread_growth, num_images=num_images)
     kept, shards = thinning.finish(), sharding.num_shards(mesh)
@@ -441,6 +448,8 @@ def _fit_all(
         reference=source.reference,
         mesh=mesh,
     )
+    if projection is not None:
+        bank = projection_lib.project_bank(bank, projection, mesh=mesh)
     if source.keep is not None:
         patch = np.pad(source.keep.reshape(-1), (0, capacity - source.keep.size))
         placed = sharding.place(patch, mesh=mesh, spec=sharding.split(mesh))
@@ -458,6 +467,8 @@ def _fit_channels(
 ) -> NominalBank:
     """The bank of the channels that are kept."""
     num_images, mesh = descriptors.num_images, descriptors.mesh
+    bare_dim = descriptors.blocks[0].shape[2] - (2 if descriptors.positional else 0)
+    projection_lib.check_dim(bare_dim=bare_dim, config=config)
     seeds = _first_seeds(descriptors, num_seeds=config.num_seeds)
     members, sums = _associate_all(
         descriptors, seeds, config=config, journal=journal, progress=progress
@@ -492,12 +503,26 @@ def _fit_channels(
     if limit is not None and np.count_nonzero(nominal) > limit:
         rows, kept = _keep_centres(rows, nominal, max_rows=limit, mesh=mesh)
         multiplicity = np.where(kept, multiplicity, 0)
-    return bank_lib.make_bank(
+    bank = bank_lib.make_bank(
         rows,
         multiplicity=multiplicity,
         reference=descriptors.reference,
         mesh=mesh,
     )
+    projection = _fit_projection(seeds, positional=descriptors.positional, config=config, mesh=mesh)
+    return bank if projection is None else projection_lib.project_bank(bank, projection, mesh=mesh)
+
+
+def _fit_projection(
+    seeds: jax.Array, *, positional: bool, config: InReachConfig, mesh: Mesh | None
+) -> jax.Array | None:
+    """[D, d] float32 on every device, the same on all of them; None for no projection."""
+    if config.projection == "none":
+        return None
+    # On one device of each process, whatever the mesh; of what they find, that of one is taken.
+    here = jnp.asarray(sharding.fetch(seeds))
+    found = projection_lib.fit_projection(here, positional=positional, config=config)
+    return sharding.place(sharding.merge(jax.device_get(found)), mesh=mesh)
 
 
 class _Thinning:
@@ -859,6 +884,7 @@ def _no_channel_message(channels: Channels, num_images: int, config: InReachConf
     )
 
 
+_project = jax.jit(lambda x, y: jnp.matmul(x, y, precision=lax.Precision.HIGHEST))
 _take_patches = jax.jit(lambda where, patches: jnp.take(where, patches, axis=0))
 _growth_exponents = jax.jit(lambda x: (support.growth_exponent(x), support.usual_exponent(x)))
 _channel_span = jax.jit(channels_lib.channel_span, static_argnames="num_channels")

@@ -175,7 +175,8 @@ def plan(
                 option="bank_reduction",
             )
         )
-    bank = bank_lib.bank_capacity(rows) * row
+    stored = row if config.projection == "none" else 4 * (config.projected_dim + 2)
+    bank = bank_lib.bank_capacity(rows) * stored
     gathered = bank_lib.bank_capacity(collected) * row
     items += [
         # Gathered on each device, put in order, and centred; from other devices they come in parts.

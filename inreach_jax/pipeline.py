@@ -95,7 +95,8 @@ def score_crops(
 
     Args:
       variables: Of the backbone.
-      bank: Fitted with the same backbone and config. Its width tells whether position is used.
+      bank: Fitted with the same backbone and config. Its centre's width tells whether position is
+        used.
       crops: [B, h, w, 3] float32 in [0, 255].
       spec: The backbone's.
       config: That the bank was fitted with.
@@ -121,7 +122,7 @@ def score_crops(
     def search(
         descriptors: jax.Array, grid: tuple[int, int], patches: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        if bank.rows.shape[-1] == descriptors.shape[-1] + 2:
+        if bank.centre.shape[-1] == descriptors.shape[-1] + 2:
             where = descriptors_lib.position(grid, weight=config.position_weight)
             where = where if patches is None else jnp.take(where, patches, axis=0)
             descriptors = descriptors_lib.append_position(descriptors, where)

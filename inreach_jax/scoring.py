@@ -76,7 +76,7 @@ def score_patches(
     if exclude is not None:
         labels = jnp.repeat(exclude, shape[1]), bank.image
     value, row = distances.nearest(
-        descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :],
+        _queries(bank, descriptors),
         bank.rows,
         valid=_valid(bank, axes),
         labels=labels,
@@ -204,7 +204,7 @@ def image_distances(
     _check_descriptors(bank, descriptors, exclude)
     if bank.span is None:
         raise ValueError("bank must have a span; fit it with config.nominal = 'all'")
-    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
+    queries = _queries(bank, descriptors)
     each = (-1, bank.per_image)
     valid = _valid(bank, axes)
     if kept is not None:
@@ -335,8 +335,7 @@ def _search_index(
     index, shape = bank.index, descriptors.shape[:2]
     if index is None:
         raise ValueError("bank must have an index")
-    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
-    queries = sharding.gather(queries, axes)
+    queries = sharding.gather(_queries(bank, descriptors), axes)
     labels = None
     if exclude is not None:
         labels = sharding.gather(jnp.repeat(exclude, shape[1]), axes), bank.image
@@ -387,6 +386,14 @@ def _growth(bank: NominalBank) -> float | jax.Array:
     return 1.0 if bank.growth is None else bank.growth
 
 
+def _queries(bank: NominalBank, descriptors: jax.Array) -> jax.Array:
+    """Descriptors [B, P, D] as the rows are: centred, and projected where those are. [B * P, d]."""
+    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
+    if bank.projection is None:
+        return queries
+    return jnp.matmul(queries, bank.projection, precision=lax.Precision.HIGHEST)
+
+
 def _valid(bank: NominalBank, axes: sharding.Axes) -> jax.Array:
     """[M] bool: whether each row of this shard is in use."""
     num_rows = bank.rows.shape[0]
@@ -397,9 +404,9 @@ def _valid(bank: NominalBank, axes: sharding.Axes) -> jax.Array:
 def _check_descriptors(
     bank: NominalBank, descriptors: jax.Array, exclude: jax.Array | None
 ) -> None:
-    if descriptors.ndim != 3 or descriptors.shape[-1] != bank.rows.shape[-1]:
+    if descriptors.ndim != 3 or descriptors.shape[-1] != bank.centre.shape[-1]:
         raise ValueError(
-            f"descriptors must be [B, P, {bank.rows.shape[-1]}], the bank's D; got "
+            f"descriptors must be [B, P, {bank.centre.shape[-1]}], the bank's D; got "
             f"{descriptors.shape}. Was the bank fitted with another backbone or configuration?"
         )
     if exclude is not None and exclude.shape != descriptors.shape[:1]:

@@ -85,14 +85,16 @@ class NominalBank:
     """The nominal patches, ready to be searched.
 
     Rows at and beyond `count` are padding and are never a neighbour. The original descriptors are
-    `rows + centre`. Each nominal patch stands once, in the order of (image, patch).
+    `rows + centre`, unless there is a projection: rows are then what it makes of their difference
+    from the centre, and so are queries. Each nominal patch stands once, in the order of (image,
+    patch).
 
     With a span, a patch is as far from the bank as from the nearest row of its span-th nearest
     image, less the usual growth, or of its nearest one, and every image has equally many rows: see
     `inreach_jax.support`.
     """
 
-    rows: jax.Array  # [M, D] float32, descriptors less `centre`
+    rows: jax.Array  # [M, D] float32, descriptors less `centre`; [M, d] where they are projected
     centre: jax.Array  # [D] float32, mean of the nominal descriptors
     image: jax.Array  # [M] int32, index of the training image that a row comes from
     patch: jax.Array  # [M] int32, index of its patch
@@ -102,6 +104,7 @@ class NominalBank:
     growth: jax.Array | None = None  # [] float32 >= 1, usual spread there over that at 1; None: 1
     reference: jax.Array | None = None  # [h, w, 3] float32, what images are aligned to, if they are
     index: BankIndex | None = None  # from `bank.index_bank`, to be searched faster
+    projection: jax.Array | None = None  # [D, d] float32, of descriptors less `centre`; None: whole
     per_image: int = _static(0)  # [] int32, static: rows of each image where there is a span
 
 

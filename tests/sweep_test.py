@@ -535,6 +535,8 @@ def test_feature_options_are_what_descriptors_depend_on() -> None:
         "min_channel_length": 1,
         "radius_filter": "std",
         "max_channel_std": 2.0,
+        "projection": "learned",
+        "projected_dim": 32,
         "distance": "squared",
         "image_contrast": 0.0,
         "upsampling": "nearest",
@@ -564,6 +566,13 @@ def test_feature_options_are_what_descriptors_depend_on() -> None:
         assert sweep.feature_options(config.replace(**{name: value})) != (
             sweep.feature_options(config)
         )
+
+
+def test_projected_rows_depend_on_the_seeds() -> None:
+    default = inreach_jax.PRESETS["default"]
+    for config, shared in ((default, True), (default.replace(projection="pca"), False)):
+        few, many = (sweep.row_options(config.replace(num_seeds=num)) for num in (20, 40))
+        assert (few == many) == shared
 
 
 # Reports.

@@ -1,0 +1,292 @@
+"""Seeds -> a linear projection of descriptors, for banks that are smaller and faster to search.
+
+Two ways, both without labels. The principal directions of the seeds' patches lose the least of the
+distances between them. A learned projection is told by channels what to lose: patches of one
+channel are one place of the object, seen in several images, and should be near one another (they
+are the positives of a contrastive loss), those of other channels should be far. A defect that no
+other image shares founds no channel that counts: only those that enough images joined are learned
+from, those with more of them more often.
+
+Position, where it is used, is not projected: it stays as it is, behind the other dimensions.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from inreach_jax import channels as channels_lib
+from inreach_jax import distances, sharding, support
+from inreach_jax.association import associate, select_members
+from inreach_jax.config import InReachConfig
+from inreach_jax.types import UNMATCHED, NominalBank
+
+NUM_SEEDS = 20
+"""Images whose channels are learned from: association takes time that is quadratic in them."""
+
+MIN_SPAN = 3
+"""Of these images, as many must share a patch at least."""
+
+NUM_STEPS = 200
+"""Of training."""
+
+BATCH_SIZE = 512
+"""Pairs in each step."""
+
+_MIN_CHANNELS = 2
+_POSITION = 2  # dimensions
+_ASSOCIATION_DIM = 128  # principal directions that tell neighbours as well as all do
+_SEED = 0
+_RATE = 1e-3
+_ORTHONORMAL_STEPS = 4  # from singular values in [0.7, 1.3] to 1, within rounding
+_CHUNK = 512  # rows that are projected at a time
+
+
+def check_dim(*, bare_dim: int, config: InReachConfig) -> None:
+    """Checks that a projection makes descriptors shorter.
+
+    Args:
+      bare_dim: D, position not counted.
+      config: Uses `projection` and `projected_dim`.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if config.projection != "none" and config.projected_dim > bare_dim:
+        raise ValueError(
+            f"projected_dim must be at most {bare_dim}, the dimensions of the descriptors; got "
+            f"{config.projected_dim}: lower it, or set projection to 'none'"
+        )
+
+
+def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool) -> jax.Array:
+    """The projection that the config asks for.
+
+    Args:
+      seeds: [S, P, D] float32 descriptors of training images, on one device.
+      config: Uses `projection`, which is not "none", and `projected_dim`, d.
+      positional: Whether the last two of the D dimensions are position.
+
+    Returns:
+      [D, d] float32, orthonormal columns: distances shrink by what is lost and are otherwise what
+      they were, so that they compare with `position_weight` as before. With position [D, d + 2],
+      which leaves that as it is.
+
+    Raises:
+      ValueError: `config.projected_dim` is too large, or there are too few channels to learn from.
+    """
+    bare = seeds[..., : seeds.shape[-1] - (_POSITION if positional else 0)]
+    check_dim(bare_dim=bare.shape[-1], config=config)
+    points = bare.reshape(-1, bare.shape[-1])
+    principal = principal_projection(points, dim=config.projected_dim)
+    projection = principal
+    if config.projection == "learned":
+        founder, member, weight = _channel_pairs(seeds, positional=positional)
+        num_channels = len(np.unique(np.asarray(founder)[np.asarray(weight) > 0]))
+        if num_channels < _MIN_CHANNELS:
+            raise ValueError(
+                f"a projection cannot be learned: {num_channels} channels of "
+                f"{min(NUM_SEEDS, seeds.shape[0])} seeds span {MIN_SPAN} images or more, and at "
+                f"least {_MIN_CHANNELS} are needed; raise num_seeds, or set projection to 'pca'"
+            )
+        projection = _learn(
+            jnp.take(points, founder, axis=0),
+            jnp.take(points, member, axis=0),
+            channel=founder,
+            weight=weight,
+            start=principal,
+        )
+    if not positional:
+        return projection
+    as_it_is = jnp.eye(_POSITION, dtype=projection.dtype)
+    return jax.scipy.linalg.block_diag(projection, as_it_is)
+
+
+def principal_projection(points: jax.Array, *, dim: int) -> jax.Array:
+    """The directions in which points vary most.
+
+    Args:
+      points: [Q, D] float32.
+      dim: d in [1, D].
+
+    Returns:
+      [D, d] float32, orthonormal columns, the one of the largest variance first.
+
+    Raises:
+      ValueError: dim is out of range.
+    """
+    if not 1 <= dim <= points.shape[1]:
+        raise ValueError(f"dim must be in [1, {points.shape[1]}], the points' D; got {dim}")
+    centred = points - jnp.mean(points, axis=0)[None, :]
+    _, directions = jnp.linalg.eigh(_matmul(centred.T, centred))
+    return directions[:, ::-1][:, :dim]
+
+
+def channel_pairs(seeds: jax.Array, *, positional: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Who belongs to which channel among some of the seeds, and how much it counts.
+
+    Args:
+      seeds: [S, P, D] float32 descriptors. Up to `NUM_SEEDS` of them are associated.
+      positional: As for `fit_projection`.
+
+    Returns:
+      For each of K patches its place and its founder's among the S * P patches, [K] int32 each, and
+      its weight [K] float32 >= 0: 0 where it belongs to no channel, or to one of a span below
+      `MIN_SPAN`, otherwise the span less one.
+    """
+    num_seeds, num_patches, dim = seeds.shape
+    chosen = support.spread_seeds(num_images=num_seeds, num_seeds=NUM_SEEDS)
+    used = jnp.take(seeds, chosen, axis=0)
+    bare_dim = dim - (_POSITION if positional else 0)
+    bare = used[..., :bare_dim]
+    points = bare.reshape(-1, bare_dim)
+    directions = principal_projection(points, dim=min(bare_dim, _ASSOCIATION_DIM))
+    short = _matmul(bare, directions)
+    short = jnp.concatenate([short, used[..., bare_dim:]], axis=-1)
+    config = InReachConfig(pairs="all")
+    index = jnp.arange(len(chosen), dtype=jnp.int32)
+    members = select_members(
+        associate(short, short, image_index=index, config=config), config=config
+    )
+    span = channels_lib.channel_span(members, num_channels=len(chosen) * num_patches)
+    channel = members.channel.reshape(-1)
+    joined = channel != UNMATCHED
+    channel = jnp.where(joined, channel, 0)
+    of_member = jnp.take(span, channel)
+    counts = joined & (of_member >= MIN_SPAN)
+    weight = jnp.where(counts, of_member - 1, 0).astype(jnp.float32)
+    of_patch = np.arange(num_patches, dtype=np.int32)
+    place = jnp.asarray((chosen[:, None] * num_patches + of_patch[None, :]).reshape(-1))
+    return jnp.take(place, channel), place, weight
+
+
+def learn_projection(
+    anchors: jax.Array,
+    positives: jax.Array,
+    *,
+    channel: jax.Array,
+    weight: jax.Array,
+    start: jax.Array,
+    num_steps: int = NUM_STEPS,
+    batch_size: int = BATCH_SIZE,
+) -> jax.Array:
+    """Directions in which patches of one channel are nearer than those of others.
+
+    The loss is InfoNCE: of a batch of positives, the anchor's own should be the nearest. Distances
+    are in units of those between anchors and positives, so that no scale matters.
+
+    Args:
+      anchors: [K, D] float32.
+      positives: [K, D] float32, each of the channel of its anchor.
+      channel: [K] int32, which: pairs of one channel are no negatives of one another.
+      weight: [K] float32 >= 0, some of them > 0: pairs are drawn in proportion to it.
+      start: [D, d] float32, orthonormal columns, where training starts.
+      num_steps: Steps of Adam, whose rate falls to 0.
+      batch_size: Pairs in each.
+
+    Returns:
+      [D, d] float32, orthonormal columns.
+    """
+    # Differences only: whatever all have in common would cost precision.
+    centre = jnp.mean(anchors, axis=0)[None, :]
+    start_anchors, start_positives = (_matmul(x - centre, start) for x in (anchors, positives))
+    sq_distance = distances.squared_distance(start_anchors, start_positives)
+    scale = jnp.sqrt(jnp.sum(weight * sq_distance) / jnp.sum(weight))
+    # Where all positives are copies of their anchors there is no scale.
+    scale = jnp.where(scale > 0, scale, 1)
+    anchors, positives = (anchors - centre) / scale, (positives - centre) / scale
+    upto = jnp.cumsum(weight)
+    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, num_steps))
+
+    def loss(projection: jax.Array, drawn: jax.Array) -> jax.Array:
+        a, b = (_matmul(jnp.take(x, drawn, axis=0), projection) for x in (anchors, positives))
+        norms = jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1)[None, :]
+        closeness = 2 * _matmul(a, b.T) - norms
+        of_pair = jnp.take(channel, drawn)
+        same = of_pair[:, None] == of_pair[None, :]
+        itself = jnp.eye(len(drawn), dtype=jnp.bool)
+        closeness = jnp.where(same & ~itself, -jnp.inf, closeness)
+        return jnp.mean(jax.nn.logsumexp(closeness, axis=1) - jnp.diagonal(closeness))
+
+    def step(
+        state: tuple[jax.Array, optax.OptState], key: jax.Array
+    ) -> tuple[tuple[jax.Array, optax.OptState], None]:
+        projection, moments = state
+        at = upto[-1] * jax.random.uniform(key, (batch_size,))
+        drawn = jnp.searchsorted(upto, at, side="right").astype(jnp.int32)
+        gradient = jax.grad(loss)(projection, jnp.minimum(drawn, len(upto) - 1))
+        # Along the orthonormal matrices: the rest of it would be taken back.
+        inner = _matmul(projection.T, gradient)
+        gradient -= _matmul(projection, (inner + inner.T) / 2)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps as integers
+            update, moments = optimizer.update(gradient, moments)
+        return (_nearest_orthonormal(projection + update), moments), None
+
+    keys = jax.random.split(jax.random.key(_SEED), num_steps)
+    (projection, _), _ = lax.scan(step, (start, optimizer.init(start)), keys)
+    return projection
+
+
+def project_bank(bank: NominalBank, projection: jax.Array, *, mesh: Mesh | None) -> NominalBank:
+    """The bank with rows that are projected, as queries will then be, too.
+
+    Args:
+      bank: Without a projection.
+      projection: [D, d] float32.
+      mesh: Of one axis, that the rows are sharded over; None for one device.
+
+    Returns:
+      The bank, whose padding stays zero, with the projection.
+
+    Raises:
+      ValueError: the projection is not [D, d], or the bank has one already.
+    """
+    if bank.projection is not None:
+        raise ValueError("bank has a projection already; project the bank that was fitted")
+    if projection.ndim != 2 or projection.shape[0] != bank.rows.shape[1]:
+        raise ValueError(
+            f"projection must be [{bank.rows.shape[1]}, d], the bank's D first; got "
+            f"{projection.shape}"
+        )
+    projection = sharding.place(projection, mesh=mesh)
+    rows = _project_rows(bank.rows, projection, mesh=mesh)
+    return dataclasses.replace(bank, rows=rows, projection=projection)
+
+
+_channel_pairs = jax.jit(channel_pairs, static_argnames="positional")
+_learn = jax.jit(learn_projection, static_argnames=("num_steps", "batch_size"))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _project_rows(rows: jax.Array, projection: jax.Array, *, mesh: Mesh | None) -> jax.Array:
+    def of_shard(rows: jax.Array, projection: jax.Array) -> jax.Array:
+        # Equally many rows at a time, however many a device has: how a product rounds may depend
+        # on its shape, and results must not depend on the number of devices.
+        chunks = sharding.pad_first(rows, multiple=_CHUNK).reshape(-1, _CHUNK, rows.shape[1])
+        projected = lax.map(lambda chunk: _matmul(chunk, projection), chunks)
+        return projected.reshape(-1, projection.shape[1])[: rows.shape[0]]
+
+    split = sharding.split(mesh)
+    projected: jax.Array = sharding.shard_map(
+        of_shard, mesh=mesh, in_specs=(split, sharding.whole()), out_specs=split
+    )(rows, projection)
+    return projected
+
+
+def _nearest_orthonormal(x: jax.Array) -> jax.Array:
+    """[D, d], from one that nearly is, by products only (Newton and Schulz).
+
+    Singular values s become s * (3 - s^2) / 2, which tends to 1 for all s below the root of 3.
+    """
+    for _ in range(_ORTHONORMAL_STEPS):
+        x = 1.5 * x - 0.5 * _matmul(x, _matmul(x.T, x))
+    return x
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
