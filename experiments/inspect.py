@@ -197,7 +197,11 @@ def _learn(
         bank = inreach_jax.fit_descriptors(descriptors, config=config, progress=timer)
         blocks = list(
             inreach_jax.score_descriptor_set(
-                bank, descriptors, config=config, leave_out=True, progress=timer
+                runner.for_search(bank),
+                descriptors,
+                config=config,
+                leave_out=True,
+                progress=timer,
             )
         )
     scored = [scores for block in blocks for scores in folder.unstack(block)]

@@ -75,6 +75,7 @@ def _run() -> tuple[int, int]:
             common_flags.BACKBONE.value, weights=common_flags.WEIGHTS.value
         )
         bank, config = inreach_jax.restore_bank(directory, backbone=backbone)
+        bank = runner.for_search(bank)
         calibration = _calibration(directory)
         batch_size = common_flags.BATCH_SIZE.value if flags.FLAGS["batch_size"].present else 1
         root = images if images.is_dir() else images.parent

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from inreach_jax import bank as bank_lib
-from inreach_jax import distances, extraction, reduction, scoring, sharding
+from inreach_jax import distances, extraction, pruning, reduction, scoring, sharding
 from inreach_jax import images as images_lib
 from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
@@ -49,6 +49,7 @@ def plan(
     batch_size: int,
     mesh: Mesh | None = None,
     budget: Budget | None = None,
+    indexed: bool = False,
 ) -> tuple[Item, ...]:
     """What `fit` and `score_images` will keep where.
 
@@ -62,14 +63,15 @@ def plan(
       batch_size: Images per device and step.
       mesh: As for `fit`.
       budget: Likewise.
+      indexed: Whether `bank.index_bank` is to be called before anything is scored.
 
     Returns:
       The items, in the order in which they are needed.
     """
     mesh = sharding.flat_mesh(mesh)
     shards, processes = sharding.num_shards(mesh), max(1, jax.process_count())
-    height, width = extraction.patch_grid(backbone, config)
-    num_patches, dim = height * width, extraction.descriptor_dim(backbone, config) + 2
+    num_rows, num_cols = extraction.patch_grid(backbone, config)
+    num_patches, dim = num_rows * num_cols, extraction.descriptor_dim(backbone, config) + 2
     row = 4 * dim
     keep = None
     if config.tile is not None and config.nominal == "all":  # only what the bank keeps is made
@@ -178,6 +180,8 @@ def plan(
     stored = row if config.projection == "none" else 4 * (config.projected_dim + 2)
     bank = bank_lib.bank_capacity(rows) * stored
     gathered = bank_lib.bank_capacity(collected) * row
+    width = stored // 4
+    of_index = bank * (pruning.default_dims(dim=width) + 2) // width
     items += [
         # Gathered on each device, put in order, and centred; from other devices they come in parts.
         Item(
@@ -188,7 +192,10 @@ def plan(
             option="max_bank_rows" if collected == rows else "bank_reduction",
         ),
         Item(
-            what="bank", phase="score", place="device", num_bytes=bank // shards,
+            what="bank with its index" if indexed else "bank",
+            phase="score",
+            place="device",
+            num_bytes=(bank + of_index * indexed) // shards,
             option="max_bank_rows",
         ),
         Item(

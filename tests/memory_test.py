@@ -8,6 +8,7 @@ import pytest
 
 import inreach_jax
 from inreach_jax import Budget, InReachConfig, memory
+from inreach_jax import bank as bank_lib
 from inreach_jax.backbones import Backbone
 from tests import tiny
 
@@ -35,6 +36,16 @@ def test_items_follow_from_the_shapes(backbone: Backbone) -> None:
     # A bank of all patches, padded to a multiple of 1024 rows.
     assert items["bank"].num_bytes == 2048 * ROW
     assert items["backbone"].num_bytes > 2 * 2 * 32 * 32 * 3 * 4
+
+
+def test_an_index_is_counted(backbone: Backbone) -> None:
+    rows = np.random.default_rng(0).normal(size=(2048, tiny.DIM)).astype(np.float32)
+    bank = bank_lib.make_bank(rows, multiplicity=np.ones((32, 64), np.int32))
+    index = inreach_jax.index_bank(bank).index
+    held = sum(x.nbytes for x in _leaves(index))
+    without, items = plan(backbone), plan(backbone, indexed=True)
+    counted = items["bank with its index"].num_bytes - without["bank"].num_bytes
+    assert 0.5 * counted < held < 1.5 * counted
 
 
 def _leaves(tree: Any) -> list[Any]:

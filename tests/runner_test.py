@@ -14,6 +14,7 @@ from absl import flags
 
 import inreach_jax
 from experiments import progress, runner
+from inreach_jax import bank as bank_lib
 from inreach_jax import images as images_lib
 from inreach_jax.datasets import Dataset, Split, make_demo
 from tests import binary, tiny
@@ -105,6 +106,16 @@ def test_workdir_is_made_and_left_as_it_was(below: str, tmp_path: pathlib.Path) 
 
 
 # Figures.
+
+
+def test_large_banks_are_searched_with_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(1024, 6)).astype(np.float32)
+    bank = bank_lib.make_bank(rows, multiplicity=np.ones((32, 32), np.int32))
+    assert runner.for_search(bank) is bank
+    monkeypatch.setattr(runner, "_INDEXED_ROWS", 1024)
+    searched = runner.for_search(bank)
+    assert searched.index is not None
+    np.testing.assert_array_equal(searched.rows, bank.rows)
 
 
 def test_means_leave_out_what_is_undefined() -> None:
