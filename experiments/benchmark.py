@@ -81,7 +81,7 @@ _ONLY = flags.DEFINE_list(
     "Which benchmarks; by default all but the slow. "
     + " ".join(f"{name}: {_summary(run)}" for name, run in BENCHMARKS.items()),
 )
-_SECONDS = flags.DEFINE_float("seconds", 3.0, "For each comparison.", lower_bound=0.0)
+_SECONDS = flags.DEFINE_float("seconds", 2.0, "For each comparison.", lower_bound=0.0)
 _NUM_TRAIN, _NUM_TEST = 120, 16
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import inreach_jax
 from experiments import peers
@@ -88,7 +89,11 @@ def _bank_search(bench: Bench, config: inreach_jax.InReachConfig) -> list[Row]:
     queries = (np.asarray(images) - np.asarray(bank.centre)).reshape(-1, dim)
     rows = np.asarray(bank.rows[: int(bank.count)])
     # A way of searching is a bank: what it holds decides how `score_patches` goes about it.
-    ways = {"brute force": bank, "indexed": inreach_jax.index_bank(bank)}
+    ways = {
+        "brute force": bank,
+        "indexed": inreach_jax.index_bank(bank),
+        "indexed in bfloat16": inreach_jax.index_bank(bank, precision=lax.Precision.DEFAULT),
+    }
     ours = {name: _compiled(bank, images) for name, bank in ways.items()}
     theirs = _searches(bench, queries, rows, all_of_them=dim < 512)
     if not theirs:
