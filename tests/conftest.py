@@ -1,9 +1,10 @@
 """What every test shares: eight CPU devices, strict promotion, and the reference's results."""
 
 import functools
+import gc
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Read once, when jax is first imported.
@@ -19,7 +20,22 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+_MAX_MAPPINGS = 20_000
+_MAPPINGS = pathlib.Path("/proc/self/maps")
 _SIBLING = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_mappings() -> Iterator[None]:
+    """Forgets compiled programs before there are too many.
+
+    Each is some mappings of memory, of which Linux allows a process 65,530: with all tests in one
+    process, XLA:CPU came to that, and ended it with a segmentation fault.
+    """
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
