@@ -97,6 +97,17 @@ def test_processes_get_the_numbers_of_one(
     assert not any("brick" in out for out in printed[1:])  # one tells for all
 
 
+def test_processes_search_with_an_index(
+    data_dir: pathlib.Path, alone: Any, tmp_path: pathlib.Path
+) -> None:
+    # Banks of this size have none otherwise.
+    main = processes.MAIN.replace("runner.main(", "runner._INDEXED_ROWS = 1\nrunner.main(")
+    assert main != processes.MAIN
+    args = arguments(data_dir, tmp_path, ALL)
+    processes.finish(processes.start(args, num=2, devices=2, main=main))
+    assert_same_results(tmp_path, alone(ALL))
+
+
 # A run that is killed goes on where it was. Its journal is written after every block, and it says
 # which blocks it makes, so that the kills can be put anywhere and the work be counted.
 
