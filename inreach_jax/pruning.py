@@ -64,13 +64,13 @@ class Sizes:
 
     block: int = 8
     shelf: int = 32
-    tile: int = 784
+    tile: int = 1568
     chunk: int = 1024
     first: int = 2
     step: int = 4
     group: int = 64
-    limit: int = 128
-    full: int = 64
+    limit: int = 256
+    full: int = 8
 
 
 FEW_ROWS = Sizes(block=2, shelf=8, step=3, group=32)
