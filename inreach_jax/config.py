@@ -37,10 +37,12 @@ class InReachConfig:
         `images.is_positional` on the training images.
       position_weight: Distance, in descriptor units, that position adds from one edge of the grid
         to the other.
-      projection: A linear map, fitted to the seeds, that makes descriptors shorter before they are
-        compared (`inreach_jax.projection`). "none"; "pca", the directions in which they vary most;
-        "learned", trained so that patches of one channel are near and others are far.
-      projected_dim: Dimensions that are left of D; position comes on top. Unused with "none".
+      projection: A linear map of descriptors, fitted to the seeds, before they are compared
+        (`inreach_jax.projection`). "none" (published); "whitened", which keeps D: directions count
+        the less the more patches of one channel vary along them; or shorter: "pca", the directions
+        in which they vary most; "learned", trained so that patches of one channel are near and
+        others are far.
+      projected_dim: Dimensions that "pca" and "learned" leave of D; position comes on top.
       nominal: Which patches are the bank. "channels": those of the channels that are kept, and a
         patch is scored by its nearest (published). "all": every patch, and one that is scored must
         be shared by several images (`inreach_jax.support`).
@@ -90,7 +92,7 @@ class InReachConfig:
     descriptor_dim: int = 512
     positional: Literal["auto", "on", "off"] = "auto"
     position_weight: float = 5.0
-    projection: Literal["none", "pca", "learned"] = "none"
+    projection: Literal["none", "whitened", "pca", "learned"] = "whitened"
     projected_dim: int = 128
     nominal: Literal["channels", "all"] = "all"
     spread_growth: float = 0.1
@@ -229,6 +231,7 @@ def _is_int(value: object) -> bool:
 
 
 _CHANNELS: dict[str, Any] = {
+    "projection": "none",
     "nominal": "channels",
     "max_bank_rows": None,
     "num_seeds": 10,

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from inreach_jax import bank as bank_lib
-from inreach_jax import distances, extraction, pruning, reduction, scoring, sharding
+from inreach_jax import distances, extraction, projection, pruning, reduction, scoring, sharding
 from inreach_jax import images as images_lib
 from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
@@ -177,7 +177,8 @@ def plan(
                 option="bank_reduction",
             )
         )
-    stored = row if config.projection == "none" else 4 * (config.projected_dim + 2)
+    shorter = config.projection in projection.SHORTER
+    stored = 4 * (config.projected_dim + 2) if shorter else row
     bank = bank_lib.bank_capacity(rows) * stored
     gathered = bank_lib.bank_capacity(collected) * row
     width = stored // 4

@@ -1,11 +1,18 @@
-"""Seeds -> a linear projection of descriptors, for banks that are smaller and faster to search.
+"""Seeds -> a linear map of descriptors, after which distances say more, or cost less.
 
-Two ways, both without labels. The principal directions of the seeds' patches lose the least of the
-distances between them. A learned projection is told by channels what to lose: patches of one
-channel are one place of the object, seen in several images, and should be near one another (they
-are the positives of a contrastive loss), those of other channels should be far. A defect that no
-other image shares founds no channel that counts: only those that enough images joined are learned
-from, those with more of them more often.
+Channels say which differences mean nothing: patches of one channel are one place of the object,
+seen in several images. A defect that no other image shares founds no channel that counts: only
+those that enough images joined are learned from, those with more of them more often.
+
+- Whitened: all dimensions stay, but differences along directions in which patches of one channel
+  vary much count less. Were these differences normal, with one covariance for all channels, such a
+  Mahalanobis distance would be all that tells how likely two patches are of one channel. (In
+  speaker recognition: within-class covariance normalisation, Hatch et al., Interspeech 2006; there
+  with labels.) The covariance is shrunk halfway to a multiple of the identity, as Ledoit and Wolf
+  do (2004), so that directions in which nothing varies do not decide.
+- Principal: fewer dimensions, those that lose the least of the distances between patches.
+- Learned: fewer dimensions, in which patches of one channel are near one another (they are the
+  positives of a contrastive loss) and those of other channels are far.
 
 Position, where it is used, is not projected: it stays as it is, behind the other dimensions.
 """
@@ -38,6 +45,9 @@ NUM_STEPS = 200
 BATCH_SIZE = 512
 """Pairs in each step."""
 
+SHORTER = ("pca", "learned")
+"""What leaves `projected_dim` dimensions."""
+
 _MIN_CHANNELS = 2
 _POSITION = 2  # dimensions
 _ASSOCIATION_DIM = 128  # principal directions that tell neighbours as well as all do
@@ -48,16 +58,16 @@ _CHUNK = 512  # rows that are projected at a time
 
 
 def check_dim(*, bare_dim: int, config: InReachConfig) -> None:
-    """Checks that a projection makes descriptors shorter.
+    """Checks that a projection leaves no more dimensions than there are.
 
     Args:
       bare_dim: D, position not counted.
       config: Uses `projection` and `projected_dim`.
 
     Raises:
-      ValueError: it does not.
+      ValueError: it would.
     """
-    if config.projection != "none" and config.projected_dim > bare_dim:
+    if config.projection in SHORTER and config.projected_dim > bare_dim:
         raise ValueError(
             f"projected_dim must be at most {bare_dim}, the dimensions of the descriptors; got "
             f"{config.projected_dim}: lower it, or set projection to 'none'"
@@ -73,9 +83,10 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
       positional: Whether the last two of the D dimensions are position.
 
     Returns:
-      [D, d] float32, orthonormal columns: distances shrink by what is lost and are otherwise what
-      they were, so that they compare with `position_weight` as before. With position [D, d + 2],
-      which leaves that as it is.
+      [D, d] float32. "whitened": [D, D], with which the seeds' patches vary as much as without.
+      Otherwise orthonormal columns: distances shrink by what is lost and are otherwise what they
+      were. So they compare with `position_weight` as before. With position [D, d + 2], which leaves
+      that as it is.
 
     Raises:
       ValueError: `config.projected_dim` is too large, or there are too few channels to learn from.
@@ -83,8 +94,11 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
     bare = seeds[..., : seeds.shape[-1] - (_POSITION if positional else 0)]
     check_dim(bare_dim=bare.shape[-1], config=config)
     points = bare.reshape(-1, bare.shape[-1])
-    principal = principal_projection(points, dim=config.projected_dim)
-    projection = principal
+    if config.projection == "whitened":
+        founder, member, weight = _channel_pairs(seeds, positional=positional)
+        projection = _whiten(points, founder=founder, member=member, weight=weight)
+    else:
+        projection = principal = principal_projection(points, dim=config.projected_dim)
     if config.projection == "learned":
         founder, member, weight = _channel_pairs(seeds, positional=positional)
         num_channels = len(np.unique(np.asarray(founder)[np.asarray(weight) > 0]))
@@ -105,6 +119,38 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
         return projection
     as_it_is = jnp.eye(_POSITION, dtype=projection.dtype)
     return jax.scipy.linalg.block_diag(projection, as_it_is)
+
+
+def whitening_projection(
+    points: jax.Array, *, founder: jax.Array, member: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """In which patches of one channel vary more equally in all directions.
+
+    Args:
+      points: [Q, D] float32.
+      founder: [K] int32, which points founded a channel.
+      member: [K] int32, which points belong to it.
+      weight: [K] float32 >= 0, how much each pair counts.
+
+    Returns:
+      [D, D] float32, symmetric: the inverse square root of C + tr(C) / D, C the covariance of the
+      pairs' differences, times a number with which the points' variance stays what it was. The
+      identity where no pair counts, or none differs.
+    """
+    dim = points.shape[1]
+    difference = jnp.take(points, member, axis=0) - jnp.take(points, founder, axis=0)
+    total = jnp.sum(weight)
+    covariance = _matmul((weight[:, None] * difference).T, difference)
+    covariance /= jnp.where(total > 0, total, 1)
+    mean = jnp.trace(covariance) / dim
+    identity = jnp.eye(dim, dtype=points.dtype)
+    # In units of the mean variance: no scale matters, and no value is below 1.
+    relative = jnp.where(mean > 0, covariance / jnp.where(mean > 0, mean, 1), 0) + identity
+    variance, directions = jnp.linalg.eigh(relative)
+    whitened = _matmul(directions / jnp.sqrt(jnp.maximum(variance, 1))[None, :], directions.T)
+    centred = points - jnp.mean(points, axis=0)[None, :]
+    before, after = (jnp.sum(x * x) for x in (centred, _matmul(centred, whitened)))
+    return whitened * jnp.where(after > 0, jnp.sqrt(before / jnp.where(after > 0, after, 1)), 1)
 
 
 def principal_projection(points: jax.Array, *, dim: int) -> jax.Array:
@@ -259,6 +305,7 @@ def project_bank(bank: NominalBank, projection: jax.Array, *, mesh: Mesh | None)
 
 
 _channel_pairs = jax.jit(channel_pairs, static_argnames="positional")
+_whiten = jax.jit(whitening_projection)
 _learn = jax.jit(learn_projection, static_argnames=("num_steps", "batch_size"))
 
 

@@ -1,4 +1,4 @@
-"""Shorter descriptors: PCA against NumPy, learning where the channels are known, and end to end."""
+"""Projected descriptors: whitening and PCA against NumPy, learning where the channels are known, and end to end."""
 
 import dataclasses
 import functools
@@ -18,7 +18,8 @@ from tests import tiny
 
 DIM = 6  # that is left of the tiny backbone's 20, position not counted
 CONFIG = tiny.CONFIG.replace(nominal="all", projected_dim=DIM)
-KINDS = ("pca", "learned")
+KINDS = ("whitened", "pca", "learned")
+WIDTH = {"whitened": 20, "pca": DIM, "learned": DIM}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,46 @@ def test_the_largest_variance_comes_first() -> None:
 def test_dim_must_be_in_range(dim: int) -> None:
     with pytest.raises(ValueError, match=rf"dim must be in \[1, 12\].*got {dim}"):
         projection.principal_projection(jnp.asarray(points()), dim=dim)
+
+
+def test_whitening_is_the_inverse_root_of_the_shrunk_covariance() -> None:
+    rng = np.random.default_rng(3)
+    x = points(dim=6)
+    founder, member = rng.integers(0, len(x), (2, 150)).astype(np.int32)
+    weight = rng.integers(0, 4, 150).astype(np.float32)
+    whiten = functools.partial(_whiten, founder=founder, member=member, weight=weight)
+    found = np.asarray(whiten(x), np.float64)
+    difference = (x[member] - x[founder]).astype(np.float64)
+    covariance = (weight[:, None] * difference).T @ difference / weight.sum()
+    shrunk = covariance + np.trace(covariance) / 6 * np.eye(6)
+    np.testing.assert_allclose(found, found.T, atol=1e-6)
+    isotropic = found @ shrunk @ found
+    np.testing.assert_allclose(isotropic / isotropic[0, 0], np.eye(6), atol=1e-4)
+    # All points together vary as much as before.
+    np.testing.assert_allclose(np.var(x @ found, axis=0).sum(), np.var(x, axis=0).sum(), rtol=1e-4)
+    # No scale matters.
+    np.testing.assert_allclose(whiten(8 * x), found, rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_is_whitened_where_no_pair_differs() -> None:
+    x = points(dim=6)
+    some = np.arange(20, dtype=np.int32)
+    for member, weight in ((some, 1), (some + 1, 0)):
+        found = _whiten(x, founder=some, member=member, weight=np.full(20, weight, np.float32))
+        np.testing.assert_allclose(found, np.eye(6), atol=1e-6)
+
+
+def test_whitened_places_are_told_apart() -> None:
+    """What varies within channels counts less, so that the nearest patch is the same place."""
+    x = realizations(num_patches=80, signal=8)
+    config = CONFIG.replace(projection="whitened")
+    found = projection.fit_projection(jnp.asarray(x), config=config, positional=False)
+    before, after = (recall(x, directions) for directions in (np.eye(16), found))
+    assert found.shape == (16, 16)
+    assert after > before + 0.15
+
+
+_whiten = jax.jit(projection.whitening_projection)
 
 
 def realizations(
@@ -182,10 +223,11 @@ def test_position_is_left_as_it_is() -> None:
     for kind in KINDS:
         config = CONFIG.replace(projection=kind, projected_dim=4)
         found = np.asarray(projection.fit_projection(seeds, config=config, positional=True))
-        assert found.shape == (18, 6)
-        np.testing.assert_array_equal(found[16:], np.eye(6, dtype=np.float32)[4:])
-        assert not found[:16, 4:].any()
-        assert found[:16, :4].any(axis=0).all()
+        dim = 16 if kind == "whitened" else 4
+        assert found.shape == (18, dim + 2)
+        np.testing.assert_array_equal(found[16:], np.eye(dim + 2, dtype=np.float32)[dim:])
+        assert not found[:16, dim:].any()
+        assert found[:16, :dim].any(axis=0).all()
 
 
 def test_too_few_channels_are_refused() -> None:
@@ -209,7 +251,7 @@ def test_banks_are_what_the_projection_makes_of_them(kind: str, backbone: Backbo
     whole, _ = fitted("none")
     assert whole.projection is None
     assert bank.projection is not None
-    assert bank.rows.shape == (len(whole.rows), DIM + 2)
+    assert bank.rows.shape == (len(whole.rows), WIDTH[kind] + 2)
     np.testing.assert_allclose(
         bank.rows, np.asarray(whole.rows) @ np.asarray(bank.projection), atol=1e-5
     )
@@ -220,7 +262,9 @@ def test_banks_are_what_the_projection_makes_of_them(kind: str, backbone: Backbo
     )
     x = found.blocks[0]
     short = (x - bank.centre[None, None, :]) @ bank.projection
-    plain = dataclasses.replace(bank, projection=None, centre=jnp.zeros(DIM + 2, jnp.float32))
+    plain = dataclasses.replace(
+        bank, projection=None, centre=jnp.zeros(WIDTH[kind] + 2, jnp.float32)
+    )
     expected = scoring.score_patches(plain, short)
     for a, b in zip(scoring.score_patches(bank, x), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -231,7 +275,9 @@ def test_learned_is_not_pca() -> None:
     assert gap(principal.projection, learned.projection) > 1e-3
 
 
-@pytest.mark.parametrize("kind, nominal", [("pca", "channels"), ("learned", "all")])
+@pytest.mark.parametrize(
+    "kind, nominal", [("pca", "channels"), ("learned", "all"), ("whitened", "all")]
+)
 def test_saved_restored_and_exported(
     kind: str, nominal: Any, tmp_path: pathlib.Path, backbone: Backbone
 ) -> None:
@@ -259,8 +305,9 @@ def test_saved_restored_and_exported(
         np.testing.assert_allclose(exported[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_number_of_devices_does_not_matter(backbone: Backbone) -> None:
-    config = CONFIG.replace(projection="learned")
+@pytest.mark.parametrize("kind", ["whitened", "learned"])
+def test_the_number_of_devices_does_not_matter(kind: Any, backbone: Backbone) -> None:
+    config = CONFIG.replace(projection=kind)
     images = tiny.images(9)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     fit = functools.partial(inreach_jax.fit, backbone, images, config=config, batch_size=tiny.BATCH)
