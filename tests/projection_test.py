@@ -1,4 +1,4 @@
-"""Projected descriptors: whitening and PCA against NumPy, learning where the channels are known, and end to end."""
+"""Projections: whitening and PCA against NumPy, learning of known channels, and end to end."""
 
 import dataclasses
 import functools
