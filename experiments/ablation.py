@@ -54,6 +54,7 @@ _QUIRKS: Mapping[str, tuple[str, ...]] = {
 }
 # What the default consists of, each ingredient taken out, or with another value.
 _CHOICES: Mapping[str, Mapping[str, Any]] = {
+    "not whitened": {"projection": "none"},
     "span of 1": {"spread_growth": 1e-9},
     "growth 0.05": {"spread_growth": 0.05},
     "growth 0.2": {"spread_growth": 0.2},

@@ -150,7 +150,8 @@ def index_bank(
             f"bank must have rows that divide by the {sharding.num_shards(mesh)} devices of the "
             f"mesh; got {num_rows}: bring it there with scoring.shard_bank"
         )
-    dims = pruning.default_dims(dim=dim) if dims is None else dims
+    if dims is None:
+        dims = pruning.default_dims(dim=dim, projected=bank.projection is not None)
     if not 1 <= dims <= dim:
         raise ValueError(f"dims must be in [1, {dim}], the bank's D; got {dims}")
     num_images = 0

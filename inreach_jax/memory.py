@@ -182,7 +182,8 @@ def plan(
     bank = bank_lib.bank_capacity(rows) * stored
     gathered = bank_lib.bank_capacity(collected) * row
     width = stored // 4
-    of_index = bank * (pruning.default_dims(dim=width) + 2) // width
+    directions = pruning.default_dims(dim=width, projected=config.projection != "none")
+    of_index = bank * (directions + 2) // width
     items += [
         # Gathered on each device, put in order, and centred; from other devices they come in parts.
         Item(

@@ -77,10 +77,19 @@ FEW_ROWS = Sizes(block=2, shelf=8, step=3, group=32)
 """For as many rows as an image has patches, where fewest multiplications count."""
 
 
-def default_dims(*, dim: int) -> int:
-    """Directions that heads of rows with so many dimensions keep unless told otherwise."""
-    # A quarter, and as many again as bounds of few dimensions lack; heads are then 32 n wide.
-    return min(dim, -(-(dim // 4 + 32) // 32) * 32 - 1)
+def default_dims(*, dim: int, projected: bool) -> int:
+    """Directions that heads keep unless told otherwise.
+
+    Args:
+      dim: D, of the rows.
+      projected: Whether the rows are projected descriptors, which vary in more directions.
+
+    Returns:
+      d in [1, D].
+    """
+    # A share, and as many again as bounds of few dimensions lack; heads are then 32 n wide.
+    share = dim // 2 if projected else dim // 4
+    return min(dim, -(-(share + 32) // 32) * 32 - 1)
 
 
 def make_basis(rows: jax.Array, *, dims: int, axes: sharding.Axes = ()) -> jax.Array:

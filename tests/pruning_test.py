@@ -401,7 +401,12 @@ def test_default_dimensions() -> None:
     bank = inreach_jax.index_bank(_bank(1))
     assert bank.index is not None
     assert bank.index.basis.shape == (DIM, DIM)
-    assert [pruning.default_dims(dim=x) for x in (232, 512, 1024)] == [95, 159, 287]
+    assert [pruning.default_dims(dim=x, projected=False) for x in (232, 512, 1024)] == [
+        95,
+        159,
+        287,
+    ]
+    assert [pruning.default_dims(dim=x, projected=True) for x in (8, 512)] == [8, 287]
 
 
 @pytest.mark.parametrize("span, kind", [(None, AxisType.Explicit), (2, AxisType.Auto)])
