@@ -215,10 +215,12 @@ def fit_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
 def row_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:
     """The config with everything at its default that the rows of a bank do not depend on."""
     config = fit_options(config)
-    if config.nominal != "all" or config.projection != "none":  # which is made of the seeds
+    if config.nominal != "all":
         return config
     default = inreach_jax.InReachConfig()
-    return config.replace(num_seeds=default.num_seeds, spread_growth=default.spread_growth)
+    if config.projection == "none":  # which is made of the seeds
+        config = config.replace(num_seeds=default.num_seeds)
+    return config.replace(spread_growth=default.spread_growth)
 
 
 def feature_options(config: inreach_jax.InReachConfig) -> inreach_jax.InReachConfig:

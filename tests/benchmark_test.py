@@ -41,7 +41,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
         dataset=demo.make_demo("brick", num_train=6, num_test=4, size=64),
         peers=Peers(cores=1),
         seconds=0.0,
-        config=tiny.CONFIG.replace(nominal="all"),
+        config=tiny.CONFIG.replace(nominal="all", projection="whitened"),
         batch_size=tiny.BATCH,
     )
 

@@ -169,6 +169,7 @@ def test_presets_differ_by_these_options_only() -> None:
     assert set(PRESETS) == {"default", "robust", "channels", "paper", "official"}
     assert PRESETS["default"] == PRESETS["robust"] == InReachConfig()
     assert _difference(PRESETS["default"], PRESETS["channels"]) == {
+        "projection": "none",
         "nominal": "channels",
         "max_bank_rows": None,
         "num_seeds": 10,

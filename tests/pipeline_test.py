@@ -749,7 +749,9 @@ def test_bank_of_all_patches_is_what_the_definitions_say(
 ) -> None:
     config = ALL.replace(**changes)
     bank = inreach_jax.fit(backbone, all_train, config=config, batch_size=BATCH)
-    described = np.asarray(all_described.first(NUM_ALL), np.float64)
+    assert bank.projection is not None
+    projection, centre = (np.asarray(x, np.float64) for x in (bank.projection, bank.centre))
+    described = np.asarray(all_described.first(NUM_ALL), np.float64) @ projection
     seeds = [0, 3, 6, 9, 12] if config.num_seeds == 5 else range(NUM_ALL)
     expected_span = oracle.span(described, seeds=seeds, tolerance=config.spread_growth)
     assert span in (None, expected_span)
@@ -757,15 +759,18 @@ def test_bank_of_all_patches_is_what_the_definitions_say(
     assert bank.per_image == tiny.NUM_PATCHES
     assert int(bank.count) == bank.rows.shape[0] == NUM_ALL * tiny.NUM_PATCHES
     assert patches_of(bank) == [(i, p) for i in range(NUM_ALL) for p in range(tiny.NUM_PATCHES)]
-    stored = np.asarray(bank.rows) + np.asarray(bank.centre)
-    np.testing.assert_allclose(stored, described.reshape(stored.shape), rtol=1e-5, atol=1e-5)
+    stored = np.asarray(bank.rows) + centre @ projection
+    np.testing.assert_allclose(stored, described.reshape(stored.shape), rtol=1e-5, atol=2e-5)
 
     tested = inreach_jax.extract(backbone, unseen, config=config, batch_size=BATCH)
     ladders = oracle.seed_distances(described, seeds=seeds, images=seeds)
     growth = expected_span ** oracle.usual_exponent(ladders)
     np.testing.assert_allclose(np.asarray(bank.growth), growth, rtol=1e-4)
     index, value = oracle.score_by_images(
-        np.asarray(tested.first(4), np.float64), described, span=expected_span, growth=growth
+        np.asarray(tested.first(4), np.float64) @ projection,
+        described,
+        span=expected_span,
+        growth=growth,
     )
     scores = score_all(backbone, bank, unseen, config=config)
     assert (scores.nearest.reshape(index.shape) == index).mean() > 0.98  # there are near ties
@@ -875,8 +880,12 @@ def test_too_many_patches_are_thinned(
     np.testing.assert_array_equal(bank.span, all_bank.span)  # which no row decides on
     assert len(set(patches_of(bank))) == NUM_ALL * per_image
     np.testing.assert_array_equal(np.bincount(bank.image), [per_image] * NUM_ALL)
-    rows = np.asarray(bank.rows) + np.asarray(bank.centre)
-    every = np.asarray(all_bank.rows) + np.asarray(all_bank.centre)
+    assert bank.projection is not None
+    np.testing.assert_array_equal(bank.projection, all_bank.projection)  # nor on this
+    rows, every = (
+        np.asarray(x.rows) + np.asarray(x.centre) @ np.asarray(bank.projection)
+        for x in (bank, all_bank)
+    )
     place = np.asarray(bank.image) * tiny.NUM_PATCHES + np.asarray(bank.patch)
     np.testing.assert_allclose(rows, every[place], rtol=1e-5, atol=1e-5)
     # Fewer rows are farther.

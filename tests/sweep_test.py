@@ -25,6 +25,7 @@ CONFIG = inreach_jax.InReachConfig(
     crop=(32, 32),
     level_dim=None,
     positional="on",
+    projection="none",
     num_seeds=4,
     upsampling="nearest",
     smoothing_sigma=0.0,
@@ -320,8 +321,13 @@ def test_transductive_leaves_own_patches_out(dataset: Dataset, tmp_path: pathlib
     assert rows["full"]["anomalous"] == [f"/{GOOD}/" not in name for name in names]
 
 
-def test_the_default_is_what_the_library_gives(dataset: Dataset, tmp_path: pathlib.Path) -> None:
-    config = CONFIG.replace(positional="auto", upsampling="bilinear", smoothing_sigma=2.0)
+@pytest.mark.parametrize("kind", ["none", "whitened"])
+def test_the_default_is_what_the_library_gives(
+    dataset: Dataset, tmp_path: pathlib.Path, kind: Any
+) -> None:
+    config = CONFIG.replace(
+        positional="auto", projection=kind, upsampling="bilinear", smoothing_sigma=2.0
+    )
     draws = make_draws(dataset)
     (row,) = run(dataset, {"default": sweep.Method(config=config)}, draws, tmp_path)
     train = describe(dataset, names_of(draws[0].manifest.train), config=config)
@@ -570,9 +576,12 @@ def test_feature_options_are_what_descriptors_depend_on() -> None:
 
 def test_projected_rows_depend_on_the_seeds() -> None:
     default = inreach_jax.PRESETS["default"]
-    for config, shared in ((default, True), (default.replace(projection="pca"), False)):
+    for kind, shared in (("none", True), ("whitened", False), ("pca", False)):
+        config = default.replace(projection=kind)
         few, many = (sweep.row_options(config.replace(num_seeds=num)) for num in (20, 40))
         assert (few == many) == shared
+        low, high = (sweep.row_options(config.replace(spread_growth=x)) for x in (0.1, 0.2))
+        assert low == high
 
 
 # Reports.

@@ -126,12 +126,28 @@ def nearest(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return value, index
 
 
-def span_distances(queries: Tensor, rows: Tensor, *, per_image: int, span: int) -> Tensor:
-    """Distance to the nearest row of the image that completes a span: [Q, D], [M, D] -> [Q]."""
+def span_distances(
+    queries: Tensor, rows: Tensor, *, per_image: int, span: int, growth: float
+) -> Tensor:
+    """The larger one of the spreads at 1 and, less the usual growth, at a span.
+
+    Args:
+      queries: [Q, D].
+      rows: [M, D], of images of `per_image` each.
+      per_image: Rows.
+      span: Images.
+      growth: At least 1.
+
+    Returns:
+      [Q].
+    """
     of_images = torch.cdist(queries, rows).view(len(queries), -1, per_image).amin(dim=2)
     found = of_images.sort(dim=1).values
     same = found[:, 0] <= found[:, 1] / 3
-    return torch.where(same, found[:, span], found[:, span - 1])
+    nearest, last = (
+        torch.where(same, found[:, place + 1], found[:, place]) for place in (0, span - 1)
+    )
+    return torch.maximum(nearest, last / growth)
 
 
 def score_map(patches: Tensor, *, config: InReachConfig) -> np.ndarray:

@@ -82,7 +82,9 @@ def _literal_score(
     rows = literal.tensor(bank.rows[: int(bank.count)])
     centre = literal.tensor(bank.centre)
     assert bank.span is not None, "the default's banks have one"
-    span, dim = int(bank.span), rows.shape[1]
+    assert bank.growth is not None, "and what is usual at it"
+    span, growth = int(bank.span), float(bank.growth)
+    projection = None if bank.projection is None else literal.tensor(bank.projection)
 
     def score(file: pathlib.Path) -> float:
         maps = measure.feature_maps(bench.backbone, read_image(file)[None], config=config)
@@ -91,9 +93,12 @@ def _literal_score(
         x = literal.describe(
             levels, level_dim=config.level_dim, descriptor_dim=config.descriptor_dim
         )[0]
-        if dim == x.shape[1] + 2:
+        if len(centre) == x.shape[1] + 2:
             x = literal.append_position(x, grid=grid, weight=config.position_weight)
-        distance = literal.span_distances(x - centre, rows, per_image=bank.per_image, span=span)
+        x = x - centre if projection is None else (x - centre) @ projection
+        distance = literal.span_distances(
+            x, rows, per_image=bank.per_image, span=span, growth=growth
+        )
         return literal.score(distance, grid=grid, config=config)[0]
 
     return score
