@@ -109,6 +109,17 @@ def plan(
             option="num_seeds",
         ),
     ]
+    if config.projection != "none":
+        associated = min(num_seeds, projection.NUM_SEEDS)
+        items.append(
+            Item(  # brought to one device, some of them associated, all of them projected
+                what="fitting the projection",
+                phase="fit",
+                place="device",
+                num_bytes=(2 * num_seeds + 2 * associated) * num_patches * row,
+                option="num_seeds",
+            )
+        )
     every = num_images * num_patches
     if config.nominal == "all":
         rows = collected = num_images * reduction.rows_per_image(

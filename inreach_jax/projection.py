@@ -19,6 +19,7 @@ Position, where it is used, is not projected: it stays as it is, behind the othe
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -138,18 +139,26 @@ def whitening_projection(
       identity where no pair counts, or none differs.
     """
     dim = points.shape[1]
-    difference = jnp.take(points, member, axis=0) - jnp.take(points, founder, axis=0)
+    centre = jnp.mean(points, axis=0)[None, :]
+
+    def differences(pair: jax.Array) -> jax.Array:
+        return jnp.take(points, pair[:, 1], axis=0) - jnp.take(points, pair[:, 0], axis=0)
+
+    within = _scatter(differences, jnp.stack([founder, member], axis=1), weight)
+    whole = _scatter(
+        lambda place: jnp.take(points, place, axis=0) - centre,
+        jnp.arange(len(points), dtype=jnp.int32),
+        jnp.ones(len(points), points.dtype),
+    )
     total = jnp.sum(weight)
-    covariance = _matmul((weight[:, None] * difference).T, difference)
-    covariance /= jnp.where(total > 0, total, 1)
+    covariance = within / jnp.where(total > 0, total, 1)
     mean = jnp.trace(covariance) / dim
     identity = jnp.eye(dim, dtype=points.dtype)
     # In units of the mean variance: no scale matters, and no value is below 1.
     relative = jnp.where(mean > 0, covariance / jnp.where(mean > 0, mean, 1), 0) + identity
     variance, directions = jnp.linalg.eigh(relative)
     whitened = _matmul(directions / jnp.sqrt(jnp.maximum(variance, 1))[None, :], directions.T)
-    centred = points - jnp.mean(points, axis=0)[None, :]
-    before, after = (jnp.sum(x * x) for x in (centred, _matmul(centred, whitened)))
+    before, after = jnp.trace(whole), jnp.sum(_matmul(whole, whitened) * whitened)
     return whitened * jnp.where(after > 0, jnp.sqrt(before / jnp.where(after > 0, after, 1)), 1)
 
 
@@ -323,6 +332,31 @@ def _project_rows(rows: jax.Array, projection: jax.Array, *, mesh: Mesh | None) 
         of_shard, mesh=mesh, in_specs=(split, sharding.whole()), out_specs=split
     )(rows, projection)
     return projected
+
+
+def _scatter(
+    vectors_of: Callable[[jax.Array], jax.Array], which: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """[D, D], the weighted sum of the outer products of vectors with themselves, some at a time.
+
+    Args:
+      vectors_of: [n, ...] int32 -> [n, D] float32.
+      which: [K, ...] int32.
+      weight: [K] float32.
+    """
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return sharding.pad_first(x, multiple=_CHUNK).reshape(-1, _CHUNK, *x.shape[1:])
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        of_chunk, weight = chunk
+        vectors = vectors_of(of_chunk)
+        return total + _matmul((weight[:, None] * vectors).T, vectors), None
+
+    dim = jax.eval_shape(vectors_of, which).shape[1]
+    start = jnp.zeros((dim, dim), weight.dtype)
+    total, _ = lax.scan(add, start, (chunks(which), chunks(weight)))
+    return total
 
 
 def _nearest_orthonormal(x: jax.Array) -> jax.Array:
