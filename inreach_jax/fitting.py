@@ -520,7 +520,7 @@ def _fit_projection(
     if config.projection == "none":
         return None
     # On one device of each process, whatever the mesh; of what they find, that of one is taken.
-    here = jnp.asarray(sharding.fetch(seeds))
+    here = jax.device_put(sharding.fetch(seeds))
     found = projection_lib.fit_projection(here, positional=positional, config=config)
     return sharding.place(sharding.merge(jax.device_get(found)), mesh=mesh)
 

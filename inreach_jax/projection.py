@@ -92,14 +92,14 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
     Raises:
       ValueError: `config.projected_dim` is too large, or there are too few channels to learn from.
     """
-    bare = seeds[..., : seeds.shape[-1] - (_POSITION if positional else 0)]
-    check_dim(bare_dim=bare.shape[-1], config=config)
-    points = bare.reshape(-1, bare.shape[-1])
+    bare_dim = seeds.shape[-1] - (_POSITION if positional else 0)
+    check_dim(bare_dim=bare_dim, config=config)
+    points = lax.slice_in_dim(seeds.reshape(-1, seeds.shape[-1]), 0, bare_dim, axis=1)
     if config.projection == "whitened":
         founder, member, weight = _channel_pairs(seeds, positional=positional)
         projection = _whiten(points, founder=founder, member=member, weight=weight)
     else:
-        projection = principal = principal_projection(points, dim=config.projected_dim)
+        projection = principal = _principal(points, dim=config.projected_dim)
     if config.projection == "learned":
         founder, member, weight = _channel_pairs(seeds, positional=positional)
         num_channels = len(np.unique(np.asarray(founder)[np.asarray(weight) > 0]))
@@ -116,10 +116,7 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
             weight=weight,
             start=principal,
         )
-    if not positional:
-        return projection
-    as_it_is = jnp.eye(_POSITION, dtype=projection.dtype)
-    return jax.scipy.linalg.block_diag(projection, as_it_is)
+    return _keep_position(projection) if positional else projection
 
 
 def whitening_projection(
@@ -315,7 +312,15 @@ def project_bank(bank: NominalBank, projection: jax.Array, *, mesh: Mesh | None)
 
 _channel_pairs = jax.jit(channel_pairs, static_argnames="positional")
 _whiten = jax.jit(whitening_projection)
+_principal = jax.jit(principal_projection, static_argnames="dim")
 _learn = jax.jit(learn_projection, static_argnames=("num_steps", "batch_size"))
+
+
+@jax.jit
+def _keep_position(projection: jax.Array) -> jax.Array:
+    """[D, d] -> [D + 2, d + 2]: the last two dimensions stay as they are."""
+    as_it_is = jnp.eye(_POSITION, dtype=projection.dtype)
+    return jax.scipy.linalg.block_diag(projection, as_it_is)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -388,10 +388,15 @@ def _growth(bank: NominalBank) -> float | jax.Array:
 
 def _queries(bank: NominalBank, descriptors: jax.Array) -> jax.Array:
     """Descriptors [B, P, D] as the rows are: centred, and projected where those are. [B * P, d]."""
-    queries = descriptors.reshape(-1, descriptors.shape[-1]) - bank.centre[None, :]
-    if bank.projection is None:
-        return queries
-    return jnp.matmul(queries, bank.projection, precision=lax.Precision.HIGHEST)
+    queries, projection = descriptors - bank.centre[None, None, :], bank.projection
+    if projection is not None:
+        # An image at a time: how a product rounds may depend on its shape, and scores must not
+        # depend on the number of images or devices.
+        def project(image: jax.Array) -> jax.Array:
+            return jnp.matmul(image, projection, precision=lax.Precision.HIGHEST)
+
+        queries = lax.map(project, queries)
+    return queries.reshape(-1, queries.shape[-1])
 
 
 def _valid(bank: NominalBank, axes: sharding.Axes) -> jax.Array:

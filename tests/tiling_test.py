@@ -214,7 +214,8 @@ def test_what_the_bank_drops_is_never_held(
     backbone: Backbone, images: np.ndarray, unseen: np.ndarray
 ) -> None:
     """With too many patches for the bank, the same ones are kept as of whole images."""
-    config = ALL.replace(max_bank_rows=400)
+    # What whitens is fitted to the patches that are kept of the seeds, or to all of them.
+    config = ALL.replace(max_bank_rows=400, projection="none")
     tiled = config.replace(tile=TILED.tile)
     whole_bank = inreach_jax.fit(backbone, images, config=config, batch_size=4)
     bank = inreach_jax.fit(backbone, images, config=tiled, batch_size=3)
