@@ -8,8 +8,10 @@ those that enough images joined are learned from, those with more of them more o
   vary much count less. Were these differences normal, with one covariance for all channels, such a
   Mahalanobis distance would be all that tells how likely two patches are of one channel. (In
   speaker recognition: within-class covariance normalisation, Hatch et al., Interspeech 2006; there
-  with labels.) The covariance is shrunk halfway to a multiple of the identity, as Ledoit and Wolf
-  do (2004), so that directions in which nothing varies do not decide.
+  with labels.) The covariance is shrunk to a multiple of the identity, as Ledoit and Wolf do
+  (2004): the more, the more of it is not noise. Where the spread of channels grows with their span,
+  the images of a channel show kinds of a place that differ, and to tell these apart is what
+  distances are for.
 - Principal: fewer dimensions, those that lose the least of the distances between patches.
 - Learned: fewer dimensions, in which patches of one channel are near one another (they are the
   positives of a contrastive loss) and those of other channels are far.
@@ -45,6 +47,12 @@ NUM_STEPS = 200
 
 BATCH_SIZE = 512
 """Pairs in each step."""
+
+EVEN_GROWTH = 0.1
+"""g in d_k ~ k^g, on the worst supported patches, at which covariance and identity weigh alike."""
+
+SHRINKAGE_RANGE = (0.1, 30.0)
+"""Of the identity's weight: where it was measured."""
 
 SHORTER = ("pca", "learned")
 """What leaves `projected_dim` dimensions."""
@@ -96,12 +104,15 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
     check_dim(bare_dim=bare_dim, config=config)
     points = lax.slice_in_dim(seeds.reshape(-1, seeds.shape[-1]), 0, bare_dim, axis=1)
     if config.projection == "whitened":
-        founder, member, weight = _channel_pairs(seeds, positional=positional)
-        projection = _whiten(points, founder=founder, member=member, weight=weight)
+        (founder, member, weight), growth = _channel_pairs(seeds, positional=positional)
+        shrinkage = shrinkage_for(growth)
+        projection = _whiten(
+            points, founder=founder, member=member, weight=weight, shrinkage=shrinkage
+        )
     else:
         projection = principal = _principal(points, dim=config.projected_dim)
     if config.projection == "learned":
-        founder, member, weight = _channel_pairs(seeds, positional=positional)
+        (founder, member, weight), _ = _channel_pairs(seeds, positional=positional)
         num_channels = len(np.unique(np.asarray(founder)[np.asarray(weight) > 0]))
         if num_channels < _MIN_CHANNELS:
             raise ValueError(
@@ -119,8 +130,28 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
     return _keep_position(projection) if positional else projection
 
 
+def shrinkage_for(growth: jax.Array) -> jax.Array:
+    """How much the identity weighs beside the covariance within channels.
+
+    Were all that differs within a channel noise, spreads would hardly grow with the span. The power
+    is steep, as between g = 0.06 and 0.2 whitening turns from gain to loss: docs/design.md.
+
+    Args:
+      growth: [] float32 >= 0, g of `support.growth_exponent`.
+
+    Returns:
+      [] float32 in `SHRINKAGE_RANGE`, in units of the mean variance.
+    """
+    return jnp.clip((growth / EVEN_GROWTH) ** 4, *SHRINKAGE_RANGE)
+
+
 def whitening_projection(
-    points: jax.Array, *, founder: jax.Array, member: jax.Array, weight: jax.Array
+    points: jax.Array,
+    *,
+    founder: jax.Array,
+    member: jax.Array,
+    weight: jax.Array,
+    shrinkage: jax.Array | float,
 ) -> jax.Array:
     """In which patches of one channel vary more equally in all directions.
 
@@ -129,11 +160,12 @@ def whitening_projection(
       founder: [K] int32, which points founded a channel.
       member: [K] int32, which points belong to it.
       weight: [K] float32 >= 0, how much each pair counts.
+      shrinkage: [] float32 > 0, weight of the identity in units of the mean variance.
 
     Returns:
-      [D, D] float32, symmetric: the inverse square root of C + tr(C) / D, C the covariance of the
-      pairs' differences, times a number with which the points' variance stays what it was. The
-      identity where no pair counts, or none differs.
+      [D, D] float32, symmetric: the inverse square root of C + shrinkage * tr(C) / D, C the
+      covariance of the pairs' differences, times a number with which the points' variance stays
+      what it was. The identity where no pair counts, or none differs.
     """
     dim = points.shape[1]
     centre = jnp.mean(points, axis=0)[None, :]
@@ -151,10 +183,11 @@ def whitening_projection(
     covariance = within / jnp.where(total > 0, total, 1)
     mean = jnp.trace(covariance) / dim
     identity = jnp.eye(dim, dtype=points.dtype)
-    # In units of the mean variance: no scale matters, and no value is below 1.
-    relative = jnp.where(mean > 0, covariance / jnp.where(mean > 0, mean, 1), 0) + identity
-    variance, directions = jnp.linalg.eigh(relative)
-    whitened = _matmul(directions / jnp.sqrt(jnp.maximum(variance, 1))[None, :], directions.T)
+    # In units of the mean variance: no scale matters, and no value is below the shrinkage.
+    relative = jnp.where(mean > 0, covariance / jnp.where(mean > 0, mean, 1), 0)
+    variance, directions = jnp.linalg.eigh(relative + shrinkage * identity)
+    root = jnp.sqrt(jnp.maximum(variance, shrinkage))
+    whitened = _matmul(directions / root[None, :], directions.T)
     before, after = jnp.trace(whole), jnp.sum(_matmul(whole, whitened) * whitened)
     return whitened * jnp.where(after > 0, jnp.sqrt(before / jnp.where(after > 0, after, 1)), 1)
 
@@ -179,8 +212,10 @@ def principal_projection(points: jax.Array, *, dim: int) -> jax.Array:
     return directions[:, ::-1][:, :dim]
 
 
-def channel_pairs(seeds: jax.Array, *, positional: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Who belongs to which channel among some of the seeds, and how much it counts.
+def channel_pairs(
+    seeds: jax.Array, *, positional: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Who belongs to which channel among some of the seeds, and how their spreads grow.
 
     Args:
       seeds: [S, P, D] float32 descriptors. Up to `NUM_SEEDS` of them are associated.
@@ -189,7 +224,8 @@ def channel_pairs(seeds: jax.Array, *, positional: bool) -> tuple[jax.Array, jax
     Returns:
       For each of K patches its place and its founder's among the S * P patches, [K] int32 each, and
       its weight [K] float32 >= 0: 0 where it belongs to no channel, or to one of a span below
-      `MIN_SPAN`, otherwise the span less one.
+      `MIN_SPAN`, otherwise the span less one. And g [] of `support.growth_exponent`, 0 where there
+      are fewer seeds than it needs.
     """
     num_seeds, num_patches, dim = seeds.shape
     chosen = support.spread_seeds(num_images=num_seeds, num_seeds=NUM_SEEDS)
@@ -202,9 +238,13 @@ def channel_pairs(seeds: jax.Array, *, positional: bool) -> tuple[jax.Array, jax
     short = jnp.concatenate([short, used[..., bare_dim:]], axis=-1)
     config = InReachConfig(pairs="all")
     index = jnp.arange(len(chosen), dtype=jnp.int32)
-    members = select_members(
-        associate(short, short, image_index=index, config=config), config=config
-    )
+    association = associate(short, short, image_index=index, config=config)
+    members = select_members(association, config=config)
+    growth = jnp.zeros((), jnp.float32)
+    if len(chosen) >= support.MIN_SEEDS:
+        growth = support.growth_exponent(
+            jnp.sort(jnp.moveaxis(association.sq_distance, 0, -1), axis=-1)
+        )
     span = channels_lib.channel_span(members, num_channels=len(chosen) * num_patches)
     channel = members.channel.reshape(-1)
     joined = channel != UNMATCHED
@@ -214,7 +254,7 @@ def channel_pairs(seeds: jax.Array, *, positional: bool) -> tuple[jax.Array, jax
     weight = jnp.where(counts, of_member - 1, 0).astype(jnp.float32)
     of_patch = np.arange(num_patches, dtype=np.int32)
     place = jnp.asarray((chosen[:, None] * num_patches + of_patch[None, :]).reshape(-1))
-    return jnp.take(place, channel), place, weight
+    return (jnp.take(place, channel), place, weight), growth
 
 
 def learn_projection(

@@ -38,6 +38,9 @@ GROWTH_SPAN = 8
 SAME_REALIZATION = 1 / 3
 """Within this share of the distance to the next realization, the nearest one is the same."""
 
+MIN_SEEDS = 3
+"""Of which growth can be told."""
+
 LIMIT_SHARE = 0.25
 """Of the training images: the span is at most that, as defects of a kind stand in fewer."""
 
@@ -155,8 +158,8 @@ def usual_exponent(sq_distance: jax.Array) -> jax.Array:
 def _growth_span(sq_distance: jax.Array) -> int:
     """The span that growth is measured to, at least 2."""
     num_seeds = sq_distance.shape[-1]
-    if num_seeds < 3:
-        raise ValueError(f"growth needs at least 3 seeds; got {num_seeds}")
+    if num_seeds < MIN_SEEDS:
+        raise ValueError(f"growth needs at least {MIN_SEEDS} seeds; got {num_seeds}")
     return min(GROWTH_SPAN, num_seeds - 1)
 
 

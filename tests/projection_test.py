@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 import inreach_jax
-from inreach_jax import NominalBank, projection, scoring
+from inreach_jax import NominalBank, projection, scoring, support
 from inreach_jax.backbones import Backbone
 from tests import tiny
 
@@ -71,16 +71,19 @@ def test_dim_must_be_in_range(dim: int) -> None:
         projection.principal_projection(jnp.asarray(points()), dim=dim)
 
 
-def test_whitening_is_the_inverse_root_of_the_shrunk_covariance() -> None:
+@pytest.mark.parametrize("shrinkage", [0.1, 1, 30])
+def test_whitening_is_the_inverse_root_of_the_shrunk_covariance(shrinkage: float) -> None:
     rng = np.random.default_rng(3)
     x = points(dim=6)
     founder, member = rng.integers(0, len(x), (2, 150)).astype(np.int32)
     weight = rng.integers(0, 4, 150).astype(np.float32)
-    whiten = functools.partial(_whiten, founder=founder, member=member, weight=weight)
+    whiten = functools.partial(
+        _whiten, founder=founder, member=member, weight=weight, shrinkage=shrinkage
+    )
     found = np.asarray(whiten(x), np.float64)
     difference = (x[member] - x[founder]).astype(np.float64)
     covariance = (weight[:, None] * difference).T @ difference / weight.sum()
-    shrunk = covariance + np.trace(covariance) / 6 * np.eye(6)
+    shrunk = covariance + shrinkage * np.trace(covariance) / 6 * np.eye(6)
     np.testing.assert_allclose(found, found.T, atol=1e-6)
     isotropic = found @ shrunk @ found
     np.testing.assert_allclose(isotropic / isotropic[0, 0], np.eye(6), atol=1e-4)
@@ -94,8 +97,41 @@ def test_nothing_is_whitened_where_no_pair_differs() -> None:
     x = points(dim=6)
     some = np.arange(20, dtype=np.int32)
     for member, weight in ((some, 1), (some + 1, 0)):
-        found = _whiten(x, founder=some, member=member, weight=np.full(20, weight, np.float32))
+        weights = np.full(20, weight, np.float32)
+        found = _whiten(x, founder=some, member=member, weight=weights, shrinkage=0.1)
         np.testing.assert_allclose(found, np.eye(6), atol=1e-6)
+
+
+@pytest.mark.parametrize("growth, expected", [(0, 0.1), (0.1, 1), (0.2, 16), (0.3, 30)])
+def test_the_faster_spreads_grow_the_less_is_whitened(growth: float, expected: float) -> None:
+    found = projection.shrinkage_for(jnp.asarray(growth, jnp.float32))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kinds_that_differ_are_not_whitened_away() -> None:
+    """Where partners are poses ever farther away, what differs between them is no noise."""
+    rng = np.random.default_rng(0)
+    places = 3 * rng.standard_normal((1, 60, 64))
+    same = places + 0.1 * rng.standard_normal((8, 60, 64))
+    pose = np.zeros(64)
+    pose[0] = 1
+    turned = same + 2.0 ** np.arange(8)[:, None, None] * pose
+    of_same, of_turned = (
+        float(projection.channel_pairs(jnp.asarray(x, jnp.float32), positional=False)[1])
+        for x in (same, turned)
+    )
+    assert of_same < projection.EVEN_GROWTH < of_turned
+    # As on the seeds themselves, where no dimension is left out.
+    squared = support.seed_distances(
+        *[jnp.asarray(turned, jnp.float32)] * 2,
+        **dict.fromkeys(("seed_index", "image_index"), jnp.arange(8)),
+    )
+    assert of_turned == pytest.approx(float(support.growth_exponent(squared)), rel=1e-3)
+
+
+def test_growth_cannot_be_told_of_two_images() -> None:
+    _, growth = projection.channel_pairs(jnp.asarray(realizations(2)), positional=False)
+    assert float(growth) == 0
 
 
 def test_whitened_places_are_told_apart() -> None:
@@ -204,9 +240,8 @@ def test_pairs_are_those_of_channels_that_enough_images_share() -> None:
     x = realizations(6, noise=0)
     odd = x[0, :1] + 30
     x[0, 0], x[1, 0] = odd, odd + 0.01  # a defect of two images
-    founder, member, weight = map(
-        np.asarray, projection.channel_pairs(jnp.asarray(x), positional=False)
-    )
+    pairs, _ = projection.channel_pairs(jnp.asarray(x), positional=False)
+    founder, member, weight = map(np.asarray, pairs)
     counted = weight > 0
     assert counted.sum() > 40
     np.testing.assert_array_equal(founder[counted] % 40, member[counted] % 40)
