@@ -8,6 +8,7 @@ import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from absl import flags
+from jax import lax
 
 from inreach_jax import BACKBONES, PRESETS, Budget, InReachConfig
 from inreach_jax.datasets import (
@@ -62,6 +63,13 @@ CHECKPOINT_EVERY = flags.DEFINE_integer(
     512,
     "Images between two savings of a fit's progress; 0: none.",
     lower_bound=0,
+)
+PRECISION = flags.DEFINE_enum(
+    "precision",
+    "highest",
+    ("highest", "fast"),
+    "How large banks are searched: in float32, or by products of bfloat16 that are proved to find "
+    "the same neighbours, sooner where the hardware multiplies bfloat16.",
 )
 PRESET = flags.DEFINE_enum("preset", "default", sorted(PRESETS), "Options to start from.")
 
@@ -121,6 +129,11 @@ def config() -> InReachConfig:
         if (value := holder.value) is not None
     }
     return PRESETS[PRESET.value].replace(**changes)
+
+
+def precision() -> lax.Precision:
+    """Of the products that --precision asks for."""
+    return lax.Precision.HIGHEST if PRECISION.value == "highest" else lax.Precision.DEFAULT
 
 
 def budget() -> Budget:

@@ -197,7 +197,7 @@ def _learn(
         bank = inreach_jax.fit_descriptors(descriptors, config=config, progress=timer)
         blocks = list(
             inreach_jax.score_descriptor_set(
-                runner.for_search(bank),
+                runner.for_search(bank, precision=common_flags.precision()),
                 descriptors,
                 config=config,
                 leave_out=True,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import app, flags, logging
+from jax import lax
 from jax.sharding import Mesh
 from tabulate import tabulate
 
@@ -210,12 +211,13 @@ def plan(
 
 
 def for_search(
-    bank: inreach_jax.NominalBank, *, mesh: Mesh | None = None
+    bank: inreach_jax.NominalBank, *, precision: lax.Precision, mesh: Mesh | None = None
 ) -> inreach_jax.NominalBank:
     """The bank, with an index where that pays for itself: it takes seconds to make and to compile.
 
     Args:
       bank: That many images will be scored with.
+      precision: Of the products that the index is searched by.
       mesh: That they will be scored on.
 
     Returns:
@@ -223,7 +225,8 @@ def for_search(
     """
     if bank.rows.shape[0] < _INDEXED_ROWS:
         return bank
-    return inreach_jax.index_bank(scoring.shard_bank(bank, mesh=mesh), mesh=mesh)
+    placed = scoring.shard_bank(bank, mesh=mesh)
+    return inreach_jax.index_bank(placed, precision=precision, mesh=mesh)
 
 
 def run_category(
@@ -290,7 +293,7 @@ def run_category(
         scored = list(
             inreach_jax.score_images(
                 backbone,
-                for_search(bank, mesh=mesh),
+                for_search(bank, precision=common_flags.precision(), mesh=mesh),
                 dataset.test.images,
                 config=config,
                 batch_size=batch_size,

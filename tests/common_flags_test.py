@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from absl import flags
+from jax import lax
 
 from experiments import common_flags
 from inreach_jax import PRESETS, InReachConfig
@@ -160,3 +161,10 @@ def test_needed_flags() -> None:
     assert common_flags.required(common_flags.CATEGORY) == "screw"
     with pytest.raises(ValueError, match="--data_dir is needed: The folder"):
         common_flags.required(common_flags.DATA_DIR)
+
+
+def test_precision_is_what_the_flag_says() -> None:
+    parse()
+    assert common_flags.precision() == lax.Precision.HIGHEST
+    parse("--precision=fast")
+    assert common_flags.precision() == lax.Precision.DEFAULT

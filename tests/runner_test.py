@@ -9,9 +9,11 @@ import subprocess
 import sys
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from jax import lax
 
 import inreach_jax
 from experiments import progress, runner
@@ -109,13 +111,18 @@ def test_workdir_is_made_and_left_as_it_was(below: str, tmp_path: pathlib.Path) 
 # Figures.
 
 
-def test_large_banks_are_searched_with_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, lax.Precision.DEFAULT])
+def test_large_banks_are_searched_with_an_index(
+    precision: lax.Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = np.random.default_rng(0).normal(size=(1024, 6)).astype(np.float32)
     bank = bank_lib.make_bank(rows, multiplicity=np.ones((32, 32), np.int32))
-    assert runner.for_search(bank) is bank
+    assert runner.for_search(bank, precision=precision) is bank
     monkeypatch.setattr(runner, "_INDEXED_ROWS", 1024)
-    searched = runner.for_search(bank)
+    searched = runner.for_search(bank, precision=precision)
     assert searched.index is not None
+    short = precision == lax.Precision.DEFAULT
+    assert searched.index.heads.dtype == (jnp.bfloat16 if short else jnp.float32)
     np.testing.assert_array_equal(searched.rows, bank.rows)
 
 
