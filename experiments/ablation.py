@@ -78,7 +78,7 @@ _PROJECTED_DIMS = (256, 128, 64, 32)
 # The share of the patches that is remembered, of 784 an image; a limit is in rows.
 _ROW_SHARES = (0.3, 0.1, 0.03)
 # A memory that is searched for the nearest patch, whose map's maximum is the image score.
-_PLAIN: Mapping[str, Any] = {"spread_growth": 1e-9, "image_contrast": 0.0}
+_PLAIN: Mapping[str, Any] = {"projection": "none", "spread_growth": 1e-9, "image_contrast": 0.0}
 _CHANNEL_CHOICES: Mapping[str, Mapping[str, Any]] = {
     "20 seeds": {"num_seeds": 20},
     "40 seeds": {"num_seeds": 40},
@@ -130,6 +130,7 @@ def variants(*, num_patches: int) -> dict[str, sweep.Method]:
     plain = default.replace(**_PLAIN)
     contrast = plain.replace(image_contrast=default.image_contrast)
     span = plain.replace(spread_growth=default.spread_growth)
+    whitened = plain.replace(projection=default.projection)
     return made | {
         "default: all realizations count": sweep.Method(config=default, memory="unskipped"),
         "default: usual growth not divided": sweep.Method(config=default, memory="undivided"),
@@ -140,6 +141,7 @@ def variants(*, num_patches: int) -> dict[str, sweep.Method]:
         "plain + span": sweep.Method(config=span, memory="unskipped"),
         "plain + same realization skipped": sweep.Method(config=plain),
         "plain + contrast": sweep.Method(config=contrast, memory="full"),
+        "plain + whitened": sweep.Method(config=whitened, memory="full"),
     }
 
 

@@ -145,7 +145,7 @@ def test_the_ingredients_together_are_the_default() -> None:
     made = ablation.variants(num_patches=1000)
     plain = made["plain"].config
     changed = {}
-    for name in ("span", "contrast"):
+    for name in ("whitened", "span", "contrast"):
         alone = made[f"plain + {name}"].config.to_dict()
         changed |= {k: v for k, v in alone.items() if v != getattr(plain, k)}
     assert plain.replace(**changed) == made["default"].config
