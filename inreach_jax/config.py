@@ -39,9 +39,9 @@ class InReachConfig:
         to the other.
       projection: A linear map of descriptors, fitted to the seeds, before they are compared
         (`inreach_jax.projection`). "none" (published); "whitened", which keeps D: directions count
-        the less the more patches of one channel vary along them; or shorter: "pca", the directions
-        in which they vary most; "learned", trained so that patches of one channel are near and
-        others are far.
+        the less the more patches of one channel vary along them; or whitened and then shorter:
+        "pca", the directions in which they vary most; "learned", trained so that patches of one
+        channel are near and others are far.
       projected_dim: Dimensions that "pca" and "learned" leave of D; position comes on top.
       nominal: Which patches are the bank. "channels": those of the channels that are kept, and a
         patch is scored by its nearest (published). "all": every patch, and one that is scored must

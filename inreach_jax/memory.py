@@ -111,12 +111,13 @@ def plan(
     ]
     if config.projection != "none":
         associated = min(num_seeds, projection.NUM_SEEDS)
+        copies = 3 if config.projection in projection.SHORTER else 2
         items.append(
             Item(  # brought to one device, some of them associated, all of them projected
                 what="fitting the projection",
                 phase="fit",
                 place="device",
-                num_bytes=(2 * num_seeds + 2 * associated) * num_patches * row,
+                num_bytes=(copies * num_seeds + 2 * associated) * num_patches * row,
                 option="num_seeds",
             )
         )

@@ -12,9 +12,11 @@ those that enough images joined are learned from, those with more of them more o
   (2004): the more, the more of it is not noise. Where the spread of channels grows with their span,
   the images of a channel show kinds of a place that differ, and to tell these apart is what
   distances are for.
-- Principal: fewer dimensions, those that lose the least of the distances between patches.
-- Learned: fewer dimensions, in which patches of one channel are near one another (they are the
-  positives of a contrastive loss) and those of other channels are far.
+- Principal: whitened, and then fewer dimensions, those that lose the least of the distances between
+  patches. Of whitened patches these are directions in which channels differ from one another (as in
+  linear discriminant analysis; there with labels).
+- Learned: whitened, and then fewer dimensions, in which patches of one channel are near one another
+  (they are the positives of a contrastive loss) and those of other channels are far.
 
 Position, where it is used, is not projected: it stays as it is, behind the other dimensions.
 """
@@ -93,9 +95,9 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
 
     Returns:
       [D, d] float32. "whitened": [D, D], with which the seeds' patches vary as much as without.
-      Otherwise orthonormal columns: distances shrink by what is lost and are otherwise what they
-      were. So they compare with `position_weight` as before. With position [D, d + 2], which leaves
-      that as it is.
+      Otherwise that, followed by orthonormal columns, with which distances shrink by what is lost
+      and are otherwise what they were. So they compare with `position_weight` as before. With
+      position [D, d + 2], which leaves that as it is.
 
     Raises:
       ValueError: `config.projected_dim` is too large, or there are too few channels to learn from.
@@ -103,30 +105,30 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
     bare_dim = seeds.shape[-1] - (_POSITION if positional else 0)
     check_dim(bare_dim=bare_dim, config=config)
     points = lax.slice_in_dim(seeds.reshape(-1, seeds.shape[-1]), 0, bare_dim, axis=1)
-    if config.projection == "whitened":
-        (founder, member, weight), growth = _channel_pairs(seeds, positional=positional)
-        shrinkage = shrinkage_for(growth)
-        projection = _whiten(
-            points, founder=founder, member=member, weight=weight, shrinkage=shrinkage
-        )
-    else:
-        projection = principal = _principal(points, dim=config.projected_dim)
-    if config.projection == "learned":
-        (founder, member, weight), _ = _channel_pairs(seeds, positional=positional)
-        num_channels = len(np.unique(np.asarray(founder)[np.asarray(weight) > 0]))
-        if num_channels < _MIN_CHANNELS:
-            raise ValueError(
-                f"a projection cannot be learned: {num_channels} channels of "
-                f"{min(NUM_SEEDS, seeds.shape[0])} seeds span {MIN_SPAN} images or more, and at "
-                f"least {_MIN_CHANNELS} are needed; raise num_seeds, or set projection to 'pca'"
+    (founder, member, weight), growth = _channel_pairs(seeds, positional=positional)
+    projection = _whiten(
+        points, founder=founder, member=member, weight=weight, shrinkage=shrinkage_for(growth)
+    )
+    if config.projection in SHORTER:
+        points = _project(points, projection)
+        directions = _principal(points, dim=config.projected_dim)
+        if config.projection == "learned":
+            num_channels = len(np.unique(np.asarray(founder)[np.asarray(weight) > 0]))
+            if num_channels < _MIN_CHANNELS:
+                raise ValueError(
+                    f"a projection cannot be learned: {num_channels} channels of "
+                    f"{min(NUM_SEEDS, seeds.shape[0])} seeds span {MIN_SPAN} images or more, and "
+                    f"at least {_MIN_CHANNELS} are needed; raise num_seeds, or set projection to "
+                    "'pca'"
+                )
+            directions = _learn(
+                jnp.take(points, founder, axis=0),
+                jnp.take(points, member, axis=0),
+                channel=founder,
+                weight=weight,
+                start=directions,
             )
-        projection = _learn(
-            jnp.take(points, founder, axis=0),
-            jnp.take(points, member, axis=0),
-            channel=founder,
-            weight=weight,
-            start=principal,
-        )
+        projection = _project(projection, directions)
     return _keep_position(projection) if positional else projection
 
 
@@ -350,6 +352,11 @@ def project_bank(bank: NominalBank, projection: jax.Array, *, mesh: Mesh | None)
     return dataclasses.replace(bank, rows=rows, projection=projection)
 
 
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+_project = jax.jit(_matmul)
 _channel_pairs = jax.jit(channel_pairs, static_argnames="positional")
 _whiten = jax.jit(whitening_projection)
 _principal = jax.jit(principal_projection, static_argnames="dim")
@@ -412,7 +419,3 @@ def _nearest_orthonormal(x: jax.Array) -> jax.Array:
     for _ in range(_ORTHONORMAL_STEPS):
         x = 1.5 * x - 0.5 * _matmul(x, _matmul(x.T, x))
     return x
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
