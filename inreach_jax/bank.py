@@ -128,7 +128,7 @@ def index_bank(
 
     Args:
       bank: Not traced.
-      dims: Directions that bounds are made of, in [1, D]; None for `pruning.default_dims`.
+      dims: Directions that bounds are made of, in [1, D]; None for `pruning.choose_dims`.
       precision: Of the products that bounds are made of. At less than HIGHEST they are of bfloat16,
         and bounds are wider by what that may be off, so that results stay exact: faster where
         the hardware multiplies bfloat16.
@@ -151,7 +151,8 @@ def index_bank(
             f"mesh; got {num_rows}: bring it there with scoring.shard_bank"
         )
     if dims is None:
-        dims = pruning.default_dims(dim=dim, projected=bank.projection is not None)
+        found = jax.device_get(_variances(bank.rows, bank.count, mesh=mesh))
+        dims = pruning.choose_dims(sharding.merge(found))  # one number, whatever processes round
     if not 1 <= dims <= dim:
         raise ValueError(f"dims must be in [1, {dim}], the bank's D; got {dims}")
     num_images = 0
@@ -162,6 +163,18 @@ def index_bank(
         num_images = span + 1  # the nearest may be the same realization, and then not count
     index = _index(bank.rows, bank.count, dims=dims, precision=precision, mesh=mesh)
     return dataclasses.replace(bank, index=dataclasses.replace(index, num_images=num_images))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _variances(rows: jax.Array, count: jax.Array, *, mesh: Mesh | None) -> jax.Array:
+    """[D], on every device."""
+    found: jax.Array = sharding.shard_map(
+        functools.partial(pruning.variances, axes=sharding.mesh_axes(mesh)),
+        mesh=mesh,
+        in_specs=(sharding.split(mesh),),
+        out_specs=sharding.whole(),
+    )(jnp.where(_in_use(rows, count), rows, 0))
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("dims", "precision", "mesh"))

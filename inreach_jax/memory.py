@@ -194,8 +194,7 @@ def plan(
     bank = bank_lib.bank_capacity(rows) * stored
     gathered = bank_lib.bank_capacity(collected) * row
     width = stored // 4
-    directions = pruning.default_dims(dim=width, projected=config.projection != "none")
-    of_index = bank * (directions + 2) // width
+    of_index = bank * (pruning.most_dims(dim=width) + 2) // width
     items += [
         # Gathered on each device, put in order, and centred; from other devices they come in parts.
         Item(

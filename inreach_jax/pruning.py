@@ -77,19 +77,53 @@ FEW_ROWS = Sizes(block=2, shelf=8, step=3, group=32)
 """For as many rows as an image has patches, where fewest multiplications count."""
 
 
-def default_dims(*, dim: int, projected: bool) -> int:
+REST_SHARE = 0.04
+"""Of the rows' variance, what heads leave out unless told otherwise. Chosen by measurement."""
+
+
+def choose_dims(variance: np.ndarray) -> int:
     """Directions that heads keep unless told otherwise.
 
     Args:
-      dim: D, of the rows.
-      projected: Whether the rows are projected descriptors, which vary in more directions.
+      variance: [D], of the rows along their principal directions, descending, from `variances`.
+
+    Returns:
+      d in [1, `most_dims`]: as many as leave `REST_SHARE` of the variance to the rest. Heads are
+      32 n wide.
+
+    >>> choose_dims(np.array([1.0] + [1e-6] * 99))
+    31
+    """
+    dim = len(variance)
+    # Rounding may leave less than nothing of it. Where there is none, any direction is as good.
+    left = np.cumsum(np.maximum(variance, 0)[::-1].astype(np.float64))[::-1]
+    needed = int(np.count_nonzero(left > REST_SHARE * left[0]))
+    return min(most_dims(dim=dim), -(-(needed + 1) // 32) * 32 - 1)
+
+
+def most_dims(*, dim: int) -> int:
+    """The upper limit of `choose_dims`: of more directions, products cost what they save.
+
+    Args:
+      dim: D.
 
     Returns:
       d in [1, D].
     """
-    # A share, and as many again as bounds of few dimensions lack; heads are then 32 n wide.
-    share = dim // 2 if projected else dim // 4
-    return min(dim, -(-(share + 32) // 32) * 32 - 1)
+    return min(dim, -(-(dim // 2 + 32) // 32) * 32 - 1)
+
+
+def variances(rows: jax.Array, *, axes: sharding.Axes = ()) -> jax.Array:
+    """The variance of rows along each of their principal directions.
+
+    Args:
+      rows: [M, D] float32, centred. Those that are not finite do not count.
+      axes: Mesh axes that the rows are sharded over; () for one device.
+
+    Returns:
+      [D] float32, descending, in units of their own.
+    """
+    return jnp.linalg.eigvalsh(_covariance(rows, axes=axes))[::-1]
 
 
 def make_basis(rows: jax.Array, *, dims: int, axes: sharding.Axes = ()) -> jax.Array:
@@ -109,21 +143,25 @@ def make_basis(rows: jax.Array, *, dims: int, axes: sharding.Axes = ()) -> jax.A
     dim = rows.shape[1]
     if not 1 <= dims <= dim:
         raise ValueError(f"dims must be in [1, {dim}], the dimensions of the rows; got {dims}")
-    # Any basis is good for exact results: rows that are not finite need not count.
-    used = jnp.where(jnp.isfinite(rows), rows, 0)
-    largest = -sharding.least(-jnp.max(jnp.abs(used)), axes)
-    used /= jnp.maximum(largest, _TINY)
-    covariance = lax.dot_general(
-        used, used, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
-    )
-    covariance = sharding.total(covariance, axes)
-    _, vectors = jnp.linalg.eigh(covariance)
+    _, vectors = jnp.linalg.eigh(_covariance(rows, axes=axes))
     basis = vectors[:, ::-1][:, :dims]
     # |V'V - 1| bounds how far V stretches; its own rounding counts, in every entry.
     gram = _project(basis.T, basis)
     error = jnp.linalg.norm(gram - jnp.eye(dims, dtype=jnp.float32))
     error += _sum_error(dim) * dims
     return jnp.where(error < 0.5, basis * (1 - error), jnp.nan)
+
+
+def _covariance(rows: jax.Array, *, axes: sharding.Axes) -> jax.Array:
+    """[D, D], in a unit with which nothing overflows."""
+    # Any basis is good for exact results: what is not finite need not count.
+    used = jnp.where(jnp.isfinite(rows), rows, 0)
+    largest = -sharding.least(-jnp.max(jnp.abs(used)), axes)
+    used /= jnp.maximum(largest, _TINY)
+    covariance = lax.dot_general(
+        used, used, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
+    )
+    return sharding.total(covariance, axes)
 
 
 def make_heads(

@@ -401,12 +401,31 @@ def test_default_dimensions() -> None:
     bank = inreach_jax.index_bank(_bank(1))
     assert bank.index is not None
     assert bank.index.basis.shape == (DIM, DIM)
-    assert [pruning.default_dims(dim=x, projected=False) for x in (232, 512, 1024)] == [
-        95,
-        159,
-        287,
-    ]
-    assert [pruning.default_dims(dim=x, projected=True) for x in (8, 512)] == [8, 287]
+
+
+@pytest.mark.parametrize(
+    "variance, expected",
+    [
+        (np.ones(64), 63),  # 62 of 64 leave less
+        (np.ones(512), 287),  # and no more
+        (np.ones(20), 20),
+        (np.r_[np.ones(40), 1e-3 * np.ones(400)], 63),
+        (np.r_[np.ones(30), 1e-3 * np.ones(400)], 31),
+        (np.r_[1, -1e-9 * np.ones(63)], 31),
+        (np.zeros(64), 31),
+    ],
+)
+def test_as_many_directions_as_leave_little(variance: Array, expected: int) -> None:
+    assert pruning.choose_dims(variance) == expected
+
+
+def test_variances_are_those_of_the_rows() -> None:
+    rows = _features(300, 20)
+    rows[5, 3] = np.nan  # does not count
+    found = np.asarray(jax.jit(pruning.variances)(rows))
+    clean = np.nan_to_num(rows.astype(np.float64))
+    expected = np.linalg.eigvalsh(clean.T @ clean)[::-1]
+    np.testing.assert_allclose(found / found[0], expected / expected[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("span, kind", [(None, AxisType.Explicit), (2, AxisType.Auto)])
@@ -417,6 +436,10 @@ def test_a_mesh_changes_nothing(span: int | None, kind: AxisType) -> None:
     late = scoring.shard_bank(inreach_jax.index_bank(bank, dims=7), mesh=mesh)
     soon = inreach_jax.index_bank(sharded, dims=7, mesh=mesh)
     assert soon.index is not None
+    usual, at_once = inreach_jax.index_bank(sharded, mesh=mesh), inreach_jax.index_bank(bank)
+    assert usual.index is not None
+    assert at_once.index is not None
+    assert usual.index.basis.shape == at_once.index.basis.shape
     num = sharded.rows.shape[0]
     assert [x.data.shape for x in soon.index.heads.addressable_shards] == [(num // 8, 8)] * 8
     queries = np.concatenate([_unseen(), _unseen()])
