@@ -107,7 +107,7 @@ def fit_projection(seeds: jax.Array, *, config: InReachConfig, positional: bool)
     points = lax.slice_in_dim(seeds.reshape(-1, seeds.shape[-1]), 0, bare_dim, axis=1)
     (founder, member, weight), growth = _channel_pairs(seeds, positional=positional)
     projection = _whiten(
-        points, founder=founder, member=member, weight=weight, shrinkage=shrinkage_for(growth)
+        points, founder=founder, member=member, weight=weight, shrinkage=_shrinkage_for(growth)
     )
     if config.projection in SHORTER:
         points = _project(points, projection)
@@ -358,6 +358,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 _project = jax.jit(_matmul)
 _channel_pairs = jax.jit(channel_pairs, static_argnames="positional")
+_shrinkage_for = jax.jit(shrinkage_for)
 _whiten = jax.jit(whitening_projection)
 _principal = jax.jit(principal_projection, static_argnames="dim")
 _learn = jax.jit(learn_projection, static_argnames=("num_steps", "batch_size"))
