@@ -151,7 +151,7 @@ def index_bank(
             f"mesh; got {num_rows}: bring it there with scoring.shard_bank"
         )
     if dims is None:
-        found = jax.device_get(_variances(bank.rows, bank.count, mesh=mesh))
+        found = jax.device_get(_variances(bank.rows, mesh=mesh))
         dims = pruning.choose_dims(sharding.merge(found))  # one number, whatever processes round
     if not 1 <= dims <= dim:
         raise ValueError(f"dims must be in [1, {dim}], the bank's D; got {dims}")
@@ -166,14 +166,14 @@ def index_bank(
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _variances(rows: jax.Array, count: jax.Array, *, mesh: Mesh | None) -> jax.Array:
-    """[D], on every device."""
+def _variances(rows: jax.Array, *, mesh: Mesh | None) -> jax.Array:
+    """[D], on every device. Padding is zero, and adds nothing."""
     found: jax.Array = sharding.shard_map(
         functools.partial(pruning.variances, axes=sharding.mesh_axes(mesh)),
         mesh=mesh,
         in_specs=(sharding.split(mesh),),
         out_specs=sharding.whole(),
-    )(jnp.where(_in_use(rows, count), rows, 0))
+    )(rows)
     return found
 
 
