@@ -175,7 +175,7 @@ def score(
     descriptors: jax.Array,
     *,
     exclude: jax.Array | None = None,
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores of patches and images.
@@ -185,7 +185,8 @@ def score(
       descriptors: [B, P, D] float32.
       exclude: [B] int32, for each image the training image whose rows are no neighbours of it:
         itself, if it was trained on; `NOBODY` for none. None for none at all.
-      tile: Rows per product; tile * P floats are needed beside the inputs.
+      tile: Rows per product, None for what suits the device; tile * P floats are needed beside
+        the inputs.
       precision: Of the products.
 
     Returns:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from tabulate import tabulate
 import inreach_jax
 from experiments import common_flags
 from experiments.progress import PhaseTimer
-from inreach_jax import memory, metrics, scoring, sharding
+from inreach_jax import memory, metrics, products, scoring, sharding
 from inreach_jax.checkpoint import FitJournal
 from inreach_jax.datasets import Dataset, Split
 from inreach_jax.datasets.files import write_png
@@ -225,8 +225,14 @@ def for_search(
     """
     if bank.rows.shape[0] < _INDEXED_ROWS:
         return bank
+    by: Literal["heads", "rows"] = "heads"
+    if products.on_accelerator():
+        # Products cost little there, and short heads many small steps.
+        if precision == lax.Precision.HIGHEST:
+            return bank
+        by = "rows"
     placed = scoring.shard_bank(bank, mesh=mesh)
-    return inreach_jax.index_bank(placed, precision=precision, mesh=mesh)
+    return inreach_jax.index_bank(placed, by=by, precision=precision, mesh=mesh)
 
 
 def run_category(

@@ -19,7 +19,7 @@ def associate(
     image_index: jax.Array,
     config: InReachConfig,
     dims: int | None = None,
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> Association:
     """Mutual nearest neighbours between every seed and every image (paper, section 3.2).
@@ -35,7 +35,8 @@ def associate(
       dims: In [1, D], to multiply heads of so many dimensions and to prove that nothing else is
         nearer (`inreach_jax.pruning`), which takes fewer multiplications, but not less time where
         these are cheap. None to multiply descriptors.
-      tile: Seed patches per product; tile * P floats are needed beside the inputs.
+      tile: Seed patches per product, None for what suits the device; tile * P floats are needed
+        beside the inputs.
       precision: Of the products. With `dims`, results are exact at any.
 
     Returns:

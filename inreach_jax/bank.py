@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from inreach_jax import pruning, sharding, support
+from inreach_jax import proofs, pruning, rounded, sharding, support
 from inreach_jax.types import BankIndex, NominalBank
 
 # Banks of similar size share a shape, and thereby one compilation of whatever takes them.
@@ -116,22 +116,25 @@ def make_bank(
 def index_bank(
     bank: NominalBank,
     *,
+    by: Literal["heads", "rows"] = "heads",
     dims: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
     mesh: Mesh | None = None,
 ) -> NominalBank:
     """The same bank, to be searched faster: whatever scores with it then uses the index.
 
-    Scores stay the same, but where the plain search cannot tell two rows apart. See
-    `inreach_jax.pruning`. Do not change the rows of the bank afterwards, nor its span: make the
-    index anew.
+    Scores stay the same, but where the plain search cannot tell two rows apart. Do not change the
+    rows of the bank afterwards, nor its span: make the index anew.
 
     Args:
       bank: Not traced.
-      dims: Directions that bounds are made of, in [1, D]; None for `pruning.choose_dims`.
-      precision: Of the products that bounds are made of. At less than HIGHEST they are of bfloat16,
-        and bounds are wider by what that may be off, so that results stay exact: faster where
-        the hardware multiplies bfloat16.
+      by: What bounds are made of. "heads" are short, for where products take the time, as on CPUs
+        (`inreach_jax.pruning`); "rows" are all of a row in bfloat16, for where they do not, as on
+        accelerators (`inreach_jax.rounded`).
+      dims: Of heads, in [1, D]; None for `pruning.choose_dims`. Unused by "rows".
+      precision: Of the products of heads; unused by "rows". At less than HIGHEST they are of
+        bfloat16, and bounds are wider by what that may be off, so that results stay exact: faster
+        where the hardware multiplies bfloat16.
       mesh: That the rows are sharded over, as `scoring.shard_bank` does it; None for one device.
 
     Returns:
@@ -139,21 +142,23 @@ def index_bank(
       prove too little.
 
     Raises:
-      ValueError: dims is out of range, the bank is traced, or its rows do not divide by the devices
-        of the mesh.
+      ValueError: `by` or dims is out of range, the bank is traced, or its rows do not divide by the
+        devices of the mesh.
     """
     if isinstance(bank.rows, jax.core.Tracer):
         raise ValueError("bank must not be traced: index it outside of jax.jit")
+    if by not in ("heads", "rows"):
+        raise ValueError(f"by must be 'heads' or 'rows'; got {by!r}")
     num_rows, dim = bank.rows.shape
     if num_rows % sharding.num_shards(mesh):
         raise ValueError(
             f"bank must have rows that divide by the {sharding.num_shards(mesh)} devices of the "
             f"mesh; got {num_rows}: bring it there with scoring.shard_bank"
         )
-    if dims is None:
+    if dims is None and by == "heads":
         found = jax.device_get(_variances(bank.rows, mesh=mesh))
         dims = pruning.choose_dims(sharding.merge(found))  # one number, whatever processes round
-    if not 1 <= dims <= dim:
+    if dims is not None and not 1 <= dims <= dim:
         raise ValueError(f"dims must be in [1, {dim}], the bank's D; got {dims}")
     num_images = 0
     if bank.span is not None:
@@ -161,6 +166,8 @@ def index_bank(
         if span > LARGEST_SPAN:
             return dataclasses.replace(bank, index=None)
         num_images = span + 1  # the nearest may be the same realization, and then not count
+    if by == "rows":
+        dims = None
     index = _index(bank.rows, bank.count, dims=dims, precision=precision, mesh=mesh)
     return dataclasses.replace(bank, index=dataclasses.replace(index, num_images=num_images))
 
@@ -179,19 +186,33 @@ def _variances(rows: jax.Array, *, mesh: Mesh | None) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("dims", "precision", "mesh"))
 def _index(
-    rows: jax.Array, count: jax.Array, *, dims: int, precision: lax.Precision, mesh: Mesh | None
+    rows: jax.Array,
+    count: jax.Array,
+    *,
+    dims: int | None,
+    precision: lax.Precision,
+    mesh: Mesh | None,
 ) -> BankIndex:
     axes, split, whole = sharding.mesh_axes(mesh), sharding.split(mesh), sharding.whole()
 
     def of_shard(rows: jax.Array, count: jax.Array) -> BankIndex:
         first = sharding.first_row(rows.shape[0], axes)
         valid = jnp.arange(rows.shape[0], dtype=jnp.int32) + first < count
-        basis = pruning.make_basis(rows, dims=dims, axes=axes)
-        heads, norm, loose = pruning.make_heads(rows, basis, valid=valid, precision=precision)
-        slack = -sharding.least(-pruning.largest(loose), axes)
-        return BankIndex(basis=basis, heads=heads, norm=norm, slack=slack)
+        basis = None
+        if dims is None:
+            heads, norm, loose = rounded.make_heads(rows, valid=valid)
+        else:
+            basis = pruning.make_basis(rows, dims=dims, axes=axes)
+            heads, norm, loose = pruning.make_heads(rows, basis, valid=valid, precision=precision)
+        slack = -sharding.least(-proofs.largest(loose), axes)
+        return BankIndex(heads=heads, norm=norm, slack=slack, basis=basis)
 
-    specs: Any = BankIndex(basis=whole, heads=split, norm=split, slack=whole)  # type: ignore[arg-type]
+    specs: Any = BankIndex(
+        heads=split,  # type: ignore[arg-type]
+        norm=split,  # type: ignore[arg-type]
+        slack=whole,  # type: ignore[arg-type]
+        basis=None if dims is None else whole,  # type: ignore[arg-type]
+    )
     index: BankIndex = sharding.shard_map(
         of_shard, mesh=mesh, in_specs=(split, whole), out_specs=specs
     )(rows, count)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from inreach_jax import products
+
 _BANDS = 4
 """More save little: bands overlap, and narrow convolutions are slow."""
 
@@ -61,20 +63,7 @@ def describe(
     shares = []
     kernels = _kernels(channels, level_dim=level_dim, descriptor_dim=descriptor_dim)
     for level, (start, bands) in zip(levels, kernels, strict=True):
-        share = jnp.concatenate(
-            [
-                lax.conv_general_dilated(
-                    level[..., first : first + kernel.shape[2]],
-                    jnp.asarray(kernel),
-                    window_strides=(1, 1),
-                    padding="SAME",
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    precision=precision,
-                )
-                for first, kernel in bands
-            ],
-            axis=-1,
-        )
+        share = _share(level, bands, precision=precision)
         if share.shape[1:3] != (height, width):
             shape = (batch, height, width, share.shape[3])
             share = jax.image.resize(
@@ -115,6 +104,48 @@ def append_position(descriptors: jax.Array, position: jax.Array) -> jax.Array:
     shape = (*descriptors.shape[:2], position.shape[-1])
     position = position if position.ndim == 3 else position[None]
     return jnp.concatenate([descriptors, jnp.broadcast_to(position, shape)], axis=-1)
+
+
+def _share(
+    level: jax.Array, bands: list[tuple[int, np.ndarray]], *, precision: lax.Precision
+) -> jax.Array:
+    """A convolution of [B, h, w, C] with a kernel in bands, [B, h, w, outputs]."""
+    if products.on_accelerator():
+        # Narrow convolutions keep it waiting: one product, zeros included, and nine shifted sums.
+        _, height, width, channels = level.shape
+        kernel = _joined(bands, channels=channels)
+        outputs = kernel.shape[1] // 9
+        # Behind the barrier XLA does not evaluate, slowly, what is done to megabytes of constants.
+        constant = lax.optimization_barrier(jnp.asarray(kernel))
+        seen = products.dot(level, constant, axis=0, precision=precision)
+        seen = jnp.pad(seen, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        parts = [
+            seen[:, i : i + height, j : j + width, (3 * i + j) * outputs :][..., :outputs]
+            for i in range(3)
+            for j in range(3)
+        ]
+        return functools.reduce(jnp.add, parts)
+    return jnp.concatenate(
+        [
+            products.conv(
+                level[..., first : first + kernel.shape[2]],
+                jnp.asarray(kernel),
+                precision=precision,
+            )
+            for first, kernel in bands
+        ],
+        axis=-1,
+    )
+
+
+def _joined(bands: list[tuple[int, np.ndarray]], *, channels: int) -> np.ndarray:
+    """Bands of a kernel as one matrix [channels, 9 * outputs], row-major over the 3 x 3."""
+    whole = []
+    for first, kernel in bands:
+        behind = channels - first - kernel.shape[2]
+        whole.append(np.pad(kernel, ((0, 0), (0, 0), (first, behind), (0, 0))))
+    joined = np.concatenate(whole, axis=3)  # [3, 3, channels, outputs]
+    return np.ascontiguousarray(joined.transpose(2, 0, 1, 3).reshape(channels, -1))
 
 
 @functools.lru_cache(maxsize=4)  # a second of work for thirteen levels, and traced repeatedly

@@ -7,7 +7,8 @@ Every search follows the same rules.
   TF32 by 500%; after subtracting a mean it is off by 0.1%. Callers pass a `centre`.
 - Exact at the end: the products only choose the neighbour. Its distance is then computed anew
   from the difference of the two vectors, which is right to float32 rounding and differentiable.
-- Explicit precision: the default float32 product is TF32 on recent GPUs and bfloat16 on TPUs.
+- Explicit precision: the default float32 product is TF32 on recent GPUs and bfloat16 on TPUs. At
+  the highest, products are those of `inreach_jax.products`.
 - Lowest index on ties, in two passes (the minimum, then the lowest index that attains it), because
   `argmin` is 25 times slower than `min` on XLA:CPU. The passes may be fused differently, but they
   compare bit-identical numbers: n - 2g rounds once whether or not it is contracted.
@@ -20,14 +21,33 @@ Every search follows the same rules.
 - NaN never hides: a NaN query has the distance NaN, and a valid NaN row gives it to every query.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from inreach_jax import sharding
+from inreach_jax import products, sharding
 
-DEFAULT_TILE = 512
+_CPU_TILE = 512
+_TILE_BYTES = 2**28
+
+
+def default_tile(num_queries: Any) -> int:
+    """Rows per product, where nothing else is asked for.
+
+    A CPU's caches hold few. An accelerator wants much to do at a time: 256 MiB of products.
+
+    Args:
+      num_queries: Q, an int or a symbolic dimension.
+
+    Returns:
+      Rows, at least 512.
+    """
+    if not products.on_accelerator() or not isinstance(num_queries, int):
+        return _CPU_TILE
+    return max(_CPU_TILE, _TILE_BYTES // (4 * num_queries))
 
 
 def squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -52,7 +72,7 @@ def nearest(
     valid: jax.Array | None = None,
     labels: tuple[jax.Array, jax.Array] | None = None,
     axes: sharding.Axes = (),
-    tile: int = DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest row to each query.
@@ -66,7 +86,8 @@ def nearest(
         where there are none.
       axes: Mesh axes that queries and rows are sharded over: Q and M are then those of a shard,
         and each shard has its own queries' neighbours among the rows of all. () for one device.
-      tile: Rows per product, >= 1. Needs tile * Q floats beside the inputs, Q of all shards.
+      tile: Rows per product, >= 1; None for `default_tile`. Needs tile * Q floats beside the
+        inputs, Q of all shards.
       precision: Of the products that choose the neighbour.
 
     Returns:
@@ -92,9 +113,10 @@ def nearest(
             f"labels must have shapes {queries.shape[:1]} and {rows.shape[:1]}; got "
             f"{labels[0].shape} and {labels[1].shape}"
         )
-    num_rows = rows.shape[0]
-    tile, num_tiles = even_tiles(num_rows=num_rows, tile=tile)
     queries = sharding.gather(queries, axes)
+    num_rows = rows.shape[0]
+    tile = default_tile(queries.shape[0]) if tile is None else tile
+    tile, num_tiles = even_tiles(num_rows=num_rows, tile=tile)
     query_label = None if labels is None else sharding.gather(labels[0], axes)
     # Which row is nearest is piecewise constant: only the distance to it has a gradient.
     q, r = _for_products(queries), _for_products(rows)
@@ -164,7 +186,7 @@ def nearest_each(
     centre: jax.Array | None = None,
     valid: jax.Array | None = None,
     axes: sharding.Axes = (),
-    tile: int = DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest row of each group to each query.
@@ -201,7 +223,7 @@ def mutual_nearest(
     b: jax.Array,
     *,
     centre: jax.Array | None = None,
-    tile: int = DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest row of each side to each row of the other, from one product.
@@ -213,7 +235,8 @@ def mutual_nearest(
       a: [A, D] float32, A >= 1.
       b: [B, D] float32, B >= 1.
       centre: [D] float32 that is subtracted from both; None where they are centred already.
-      tile: Rows of `a` per product, >= 1. Needs tile * B floats beside the inputs.
+      tile: Rows of `a` per product, >= 1; None for `default_tile` of B. Needs tile * B floats
+        beside the inputs.
       precision: Of the products that choose the neighbour.
 
     Returns:
@@ -228,6 +251,7 @@ def mutual_nearest(
         c = _for_products(centre)[None, :]
         a, b = a - c, b - c
     num_rows = a.shape[0]
+    tile = default_tile(b.shape[0]) if tile is None else tile
     tile, num_tiles = even_tiles(num_rows=num_rows, tile=tile)
     b_norm = sq_norm(b)
 
@@ -267,7 +291,7 @@ def mutual_partner(nearest_there: jax.Array, nearest_back: jax.Array) -> jax.Arr
     return jnp.take(nearest_back, nearest_there, axis=0) == here
 
 
-def _check_inputs(*, centre: jax.Array | None, tile: int, **pair: jax.Array) -> None:
+def _check_inputs(*, centre: jax.Array | None, tile: int | None, **pair: jax.Array) -> None:
     for name, x in pair.items():
         if x.ndim != 2 or x.shape[0] == 0:
             raise ValueError(f"{name} must be [rows, D] with at least one row; got {x.shape}")
@@ -276,7 +300,7 @@ def _check_inputs(*, centre: jax.Array | None, tile: int, **pair: jax.Array) -> 
         raise ValueError(f"{' and '.join(pair)} must have the same D; got {dims[0]} and {dims[1]}")
     if centre is not None and centre.shape != (dims[0],):
         raise ValueError(f"centre must have shape {(dims[0],)}; got {centre.shape}")
-    if tile < 1:
+    if tile is not None and tile < 1:
         raise ValueError(f"tile must be >= 1; got {tile}")
 
 
@@ -299,7 +323,7 @@ def _for_products(x: jax.Array) -> jax.Array:
 
 def _product(a: jax.Array, b: jax.Array, precision: lax.Precision) -> jax.Array:
     """[A, D] x [B, D] -> [A, B]."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision)
+    return products.dot(a, b, axis=1, precision=precision)
 
 
 def sq_norm(x: jax.Array) -> jax.Array:

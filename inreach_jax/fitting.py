@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from inreach_jax import bank as bank_lib
 from inreach_jax import channels as channels_lib
-from inreach_jax import extraction, reduction, sharding, support
+from inreach_jax import extraction, products, reduction, sharding, support
 from inreach_jax import projection as projection_lib
 from inreach_jax.association import associate, select_members
 from inreach_jax.backbones import Backbone
@@ -884,7 +884,7 @@ def _no_channel_message(channels: Channels, num_images: int, config: InReachConf
     )
 
 
-_project = jax.jit(lambda x, y: jnp.matmul(x, y, precision=lax.Precision.HIGHEST))
+_project = jax.jit(lambda x, y: products.dot(x, y, axis=0))
 _take_patches = jax.jit(lambda where, patches: jnp.take(where, patches, axis=0))
 _growth_exponents = jax.jit(lambda x: (support.growth_exponent(x), support.usual_exponent(x)))
 _channel_span = jax.jit(channels_lib.channel_span, static_argnames="num_channels")

@@ -228,7 +228,8 @@ def plan(
 def _search_bytes(
     config: InReachConfig, *, num_images: int, num_patches: int, batch_size: int, shards: int
 ) -> int:
-    product = 3 * 4 * distances.DEFAULT_TILE * batch_size * shards * num_patches
+    queries = batch_size * shards * num_patches
+    product = 3 * 4 * distances.default_tile(queries) * queries
     if config.nominal == "channels":
         return product
     return max(scoring.CHUNK_BYTES, 16 * num_images * num_patches) + product

@@ -33,7 +33,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from inreach_jax import channels as channels_lib
-from inreach_jax import distances, sharding, support
+from inreach_jax import distances, products, sharding, support
 from inreach_jax.association import associate, select_members
 from inreach_jax.config import InReachConfig
 from inreach_jax.types import UNMATCHED, NominalBank
@@ -353,7 +353,7 @@ def project_bank(bank: NominalBank, projection: jax.Array, *, mesh: Mesh | None)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+    return products.dot(a, b, axis=0)
 
 
 _project = jax.jit(_matmul)

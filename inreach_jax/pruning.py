@@ -32,13 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from inreach_jax import distances, sharding
+from inreach_jax import distances, proofs, sharding
 
 BOUND_BYTES = 2**27
 """Of bounds at a time, which is most of what the search needs beside its inputs."""
-
-_UNIT = 2.0**-23
-"""Twice the rounding of float32, for products that are nearly as precise."""
 
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
@@ -191,7 +188,7 @@ def make_heads(
     (dim, width), length = basis.shape, jnp.sqrt(sq_norm)
     loose = 1.01 * _sum_error(dim) * np.sqrt(width).astype(np.float32) * length
     # A difference of squares: its error is large where little is left.
-    of_square = (dim + width + 16) * _UNIT * sq_norm + (2 * length + loose) * loose
+    of_square = (dim + width + 16) * proofs.UNIT * sq_norm + (2 * length + loose) * loose
     tiny = _TINY
     loose += of_square / jnp.maximum(jnp.maximum(rest, jnp.sqrt(of_square)), tiny)
     short = heads
@@ -199,7 +196,7 @@ def make_heads(
         short = heads.astype(jnp.bfloat16)
         heads, exact = short.astype(jnp.float32), heads
         lost = jnp.sqrt(distances.squared_distance(exact, heads))
-        loose += (1 + width * _UNIT) * lost
+        loose += (1 + width * proofs.UNIT) * lost
     of_heads = distances.sq_norm(heads)
     if valid is None:
         return short, of_heads, loose
@@ -222,7 +219,7 @@ def nearest(
     span: jax.Array | None = None,
     num: int = 1,
     same_image: float = 0.0,
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     sizes: Sizes = Sizes(),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The nearest row to each query, or the nearest row of each of its nearest images.
@@ -239,7 +236,7 @@ def nearest(
         `same_image` of the distance to the second; None for `num`.
       num: Images that are told apart.
       same_image: Share in [0, 1].
-      tile: Rows per product where a query is searched in full.
+      tile: Rows per product where a query is searched in full; None for what suits the device.
       sizes: How the work is cut.
 
     Returns:
@@ -276,12 +273,14 @@ def nearest(
     if label is not None and row_label is not None:
         like = jnp.where(label[0] == row_label[0], like, 0)
     init = (
-        _fill((num_queries, num), like, jnp.inf, jnp.float32),
-        _fill((num_queries, num), like, 0, jnp.int32),
-        _fill((num_queries,), like, 0, jnp.int32),
+        proofs.fill(like, shape=(num_queries, num), value=jnp.inf, dtype=jnp.float32),
+        proofs.fill(like, shape=(num_queries, num), value=0, dtype=jnp.int32),
+        proofs.fill(like, shape=(num_queries,), value=0, dtype=jnp.int32),
     )
     value, row, opened = lax.fori_loop(0, num_chunks, of_chunk, init)
-    value, row = _complete(search, (value.T, row.T), opened, queries, label, tile=tile)
+    value, row = proofs.complete(
+        search, queries, opened, label=label, slots=(value.T, row.T), tile=tile
+    )
     return value.T, row.T, opened
 
 
@@ -291,7 +290,7 @@ def mutual_nearest(
     *,
     basis: jax.Array,
     heads: tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     sizes: Sizes = FEW_ROWS,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """The nearest row of each side to each row of the other, as `distances.mutual_nearest`.
@@ -325,7 +324,7 @@ def mutual_nearest(
     ) -> tuple[jax.Array, jax.Array]:
         bounds, shelves = _lowest_bounds(of_rows, of_rows.norm[:, None] + product)
         slots, opened = _resolve(of_rows, queries, None, part[1], part[2], bounds, shelves)
-        _, row = _complete(of_rows, slots, opened, queries, None, tile=tile)
+        _, row = proofs.complete(of_rows, queries, opened, label=None, slots=slots, tile=tile)
         return row[0], opened
 
     nearest_b, opened_b = search(of_b, a, heads[0], product[: len(a)].T)
@@ -333,37 +332,18 @@ def mutual_nearest(
     return (nearest_b, nearest_a), (opened_b, opened_a)
 
 
-_Slots = tuple[jax.Array, jax.Array]
-"""Squared distances [T, G] and rows [T, G] of the nearest images so far, ascending."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Search(proofs.Search):
+    """What the queries of one call share."""
+
+    basis: jax.Array  # [D, d]
+    shelf: int
+    sizes: Sizes
+
 
 _Found = tuple[jax.Array, ...]
 _Shelves = tuple[jax.Array, jax.Array, jax.Array]
 """The lowest closed bound of each shelf [S, G]; bound [G] and block [G] that were opened last."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Search:
-    """What the queries of one call share. M' is M where it is brought to whole blocks."""
-
-    rows: jax.Array  # [M, D]
-    basis: jax.Array  # [D, d]
-    heads: jax.Array  # [M', d + 1]
-    norm: jax.Array  # [M'], squared; infinite where a row is no neighbour
-    longest: jax.Array  # [], length of the heads at most
-    loose: jax.Array  # [], how far a head may be off
-    valid: jax.Array | None  # [M']
-    row_label: jax.Array | None  # [M']
-    per_image: int
-    span: jax.Array | None
-    num: int
-    same_image: float
-    shelf: int
-    sizes: Sizes
-
-    @property
-    def precision(self) -> lax.Precision:
-        whole = self.heads.dtype == jnp.float32
-        return lax.Precision.HIGHEST if whole else lax.Precision.DEFAULT
 
 
 def _search(
@@ -378,7 +358,7 @@ def _search(
 ) -> _Search:
     short, norm, loose = heads
     longest = jnp.sqrt(jnp.max(norm))
-    loose = largest(loose)
+    loose = proofs.largest(loose)
     if valid is not None:
         norm = jnp.where(valid, norm, jnp.inf)
     # Whole shelves of whole blocks, by padding only where it cannot be helped.
@@ -394,13 +374,13 @@ def _search(
         )
     return _Search(
         rows=rows, basis=basis, heads=short, norm=norm, longest=longest, loose=loose,
-        valid=valid, row_label=row_label, shelf=shelf, sizes=sizes, **options,
+        valid=valid, row_label=row_label, full=sizes.full, shelf=shelf, sizes=sizes, **options,
     )  # fmt: skip
 
 
 def _of_chunk(
     search: _Search, queries: jax.Array, label: jax.Array | None
-) -> tuple[_Slots, jax.Array]:
+) -> tuple[proofs.Slots, jax.Array]:
     """The nearest images of a chunk of queries, and the blocks opened for each, or -1."""
     short, norm, loose = make_heads(queries, search.basis, precision=search.precision)
     bounds, shelves = _bounds(search, short, label)
@@ -415,47 +395,41 @@ def _resolve(
     loose: jax.Array,
     bounds: jax.Array,
     shelves: jax.Array,
-) -> tuple[_Slots, jax.Array]:
+) -> tuple[proofs.Slots, jax.Array]:
     """Opens blocks until bounds prove the nearest images: those, and how many blocks, or -1."""
     sizes, num = search.sizes, queries.shape[0]
-    # What rounding may add to a bound: to the heads themselves, and to their product.
-    loose += search.loose
-    error = jnp.square(jnp.sqrt(norm) + search.longest)
-    error *= (search.heads.shape[1] + 16) * _UNIT
 
-    def enough(slots: _Slots, who: jax.Array) -> jax.Array:
+    def enough(slots: proofs.Slots, who: jax.Array) -> jax.Array:
         """[G], what the closed bounds must exceed. A bound lacks the query's own norm."""
-        decides = _deciding(search, slots) * (1 + (queries.shape[1] + 4) * _UNIT)
-        limit = jnp.square(jnp.sqrt(decides) + jnp.take(loose, who)) + jnp.take(error, who)
-        return limit - jnp.take(norm, who)
+        of_who = jnp.take(norm, who)
+        return (
+            proofs.threshold(search, slots=slots, norm=of_who, loose=jnp.take(loose, who)) - of_who
+        )
 
     everyone = jnp.arange(num, dtype=jnp.int32)
     like = shelves[0, 0]
     state: _Shelves = (
         shelves,
-        _fill((num,), like, -jnp.inf, jnp.float32),
-        _fill((num,), like, 0, jnp.int32),
+        proofs.fill(like, shape=(num,), value=-jnp.inf, dtype=jnp.float32),
+        proofs.fill(like, shape=(num,), value=0, dtype=jnp.int32),
     )
     state, opened = _open(search, bounds, state, everyone, times=sizes.first)
     size = min(sizes.group, num)
-    slots: _Slots = (
-        _fill((search.num, num), like, jnp.inf, jnp.float32),
-        _fill((search.num, num), like, 0, jnp.int32),
-    )
+    slots = search.nothing(size=num, like=like)
 
-    def look(who: jax.Array, opened: jax.Array, slots: _Slots) -> _Slots:
+    def look(who: jax.Array, opened: jax.Array, slots: proofs.Slots) -> proofs.Slots:
         of_q = None if label is None else jnp.take(label, who)
         return _look(search, jnp.take(queries, who, axis=0), of_q, opened, slots)
 
-    def look_first(i: jax.Array, slots: _Slots) -> _Slots:
+    def look_first(i: jax.Array, slots: proofs.Slots) -> proofs.Slots:
         start = jnp.minimum(i * size, num - size)
         who = start + jnp.arange(size, dtype=jnp.int32)
         part = look(
             who,
             lax.dynamic_slice_in_dim(opened, start, size, axis=1),
-            _columns(slots, who),
+            proofs.columns(who, of=slots),
         )
-        return _put(slots, who, part)
+        return proofs.put(who, of=slots, part=part)
 
     slots = lax.fori_loop(0, -(-num // size), look_first, slots)
     limit = enough(slots, everyone)
@@ -469,15 +443,15 @@ def _resolve(
     num_pending = jnp.sum(pending, dtype=jnp.int32)
 
     def of_group(
-        carry: tuple[jax.Array, _Slots, jax.Array],
-    ) -> tuple[jax.Array, _Slots, jax.Array]:
+        carry: tuple[jax.Array, proofs.Slots, jax.Array],
+    ) -> tuple[jax.Array, proofs.Slots, jax.Array]:
         i, slots, count = carry
         who = lax.dynamic_slice_in_dim(order, jnp.minimum(i * size, num - size), size)
         works = jnp.take(pending, who)
         start = (
             jnp.zeros_like(i),
             tuple(jnp.take(x, who, axis=-1) for x in state),
-            _columns(slots, who),
+            proofs.columns(who, of=slots),
             jnp.take(proved, who),
         )
 
@@ -494,7 +468,7 @@ def _resolve(
 
         times, _, part, done = lax.while_loop(go_on, open_more, start)
         done = jnp.where(done, sizes.first + times, -1)
-        return i + 1, _put(slots, who, part), count.at[who].set(done)
+        return i + 1, proofs.put(who, of=slots, part=part), count.at[who].set(done)
 
     _, slots, count = lax.while_loop(
         lambda carry: carry[0] * size < num_pending,
@@ -502,36 +476,6 @@ def _resolve(
         (jnp.zeros_like(num_pending), slots, count),
     )
     return slots, count
-
-
-def _complete(
-    search: _Search,
-    slots: _Slots,
-    opened: jax.Array,
-    queries: jax.Array,
-    label: jax.Array | None,
-    *,
-    tile: int,
-) -> _Slots:
-    """Searches in full what is not proved, in groups."""
-    num = queries.shape[0]
-    size = min(search.sizes.full, num)
-    order = jnp.argsort(opened >= 0).astype(jnp.int32)
-    num_open = jnp.sum(opened < 0, dtype=jnp.int32)
-
-    def of_group(carry: tuple[jax.Array, _Slots]) -> tuple[jax.Array, _Slots]:
-        i, slots = carry
-        who = lax.dynamic_slice_in_dim(order, jnp.minimum(i * size, num - size), size)
-        of_q = None if label is None else jnp.take(label, who)
-        value, row = _nearest_in_full(search, jnp.take(queries, who, axis=0), of_q, tile=tile)
-        old, kept = _columns(slots, who), jnp.take(opened >= 0, who)[None, :]
-        part = jnp.where(kept, old[0], value), jnp.where(kept, old[1], row)
-        return i + 1, _put(slots, who, part)
-
-    _, slots = lax.while_loop(
-        lambda carry: carry[0] * size < num_open, of_group, (jnp.zeros_like(num_open), slots)
-    )
-    return slots
 
 
 def _bounds(
@@ -570,8 +514,10 @@ def _bounds(
         num_tiles,
         of_tile,
         (
-            _fill((num_shelves * search.shelf, num), like, jnp.inf, jnp.float32),
-            _fill((num_shelves, num), like, jnp.inf, jnp.float32),
+            proofs.fill(
+                like, shape=(num_shelves * search.shelf, num), value=jnp.inf, dtype=jnp.float32
+            ),
+            proofs.fill(like, shape=(num_shelves, num), value=jnp.inf, dtype=jnp.float32),
         ),
     )
 
@@ -608,7 +554,7 @@ def _open(
         opened = lax.dynamic_update_index_in_dim(opened, first, i, axis=0)
         return (shelves, bound, first), opened
 
-    opened = _fill((times, who.shape[0]), state[0][0, 0], 0, jnp.int32)
+    opened = proofs.fill(state[0][0, 0], shape=(times, who.shape[0]), value=0, dtype=jnp.int32)
     return lax.fori_loop(0, times, next_one, (state, opened))
 
 
@@ -617,100 +563,12 @@ def _look(
     queries: jax.Array,
     label: jax.Array | None,
     opened: jax.Array,
-    slots: _Slots,
-) -> _Slots:
+    slots: proofs.Slots,
+) -> proofs.Slots:
     """Computes the distances [G, D] to the rows of blocks [times, G], and keeps the lowest."""
-    num_rows, size = search.rows.shape[0], search.sizes.block
+    size = search.sizes.block
     row = opened[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None, :, None]
-    row = row.reshape(-1, row.shape[-1])  # [times * block, G]
-    usable = row < num_rows
-    if search.valid is not None:
-        usable &= jnp.take(search.valid, row)
-    if label is not None and search.row_label is not None:
-        usable &= jnp.take(search.row_label, row) != label[None, :]
-    row = jnp.minimum(row, num_rows - 1)
-    there = jnp.take(search.rows, row.T, axis=0)
-    value = distances.squared_distance(jnp.broadcast_to(queries[:, None], there.shape), there)
-    value = jnp.concatenate([slots[0], jnp.where(usable, value.T, jnp.inf)])
-    row = jnp.concatenate([slots[1], row])
-    return nearest_of(value, row, per_image=search.per_image, num=search.num)
-
-
-def largest(loose: jax.Array) -> jax.Array:
-    """The maximum [] of how far heads may be off; infinite where one is NaN."""
-    return jnp.where(jnp.any(jnp.isnan(loose)), jnp.inf, jnp.max(loose))
-
-
-def nearest_of(
-    value: jax.Array, row: jax.Array, *, per_image: int, num: int
-) -> tuple[jax.Array, jax.Array]:
-    """The nearest row of each of the nearest images, among some.
-
-    Args:
-      value: [n, Q] float32, squared distances.
-      row: [n, Q] int32, of which rows.
-      per_image: Consecutive rows that make an image; 0 where all rows are as one, and num is 1.
-      num: T, images that are looked for.
-
-    Returns:
-      [T, Q] float32, ascending, infinite where there are not as many; [T, Q] int32, the lowest rows
-      on ties.
-    """
-    values, rows = [], []
-    for _ in range(num):
-        lowest = jnp.min(value, axis=0)
-        attains = value == lowest[None]
-        # Where NaN attains no minimum: any row.
-        index = jnp.min(jnp.where(attains, row, jnp.max(row, axis=0, keepdims=True)), axis=0)
-        values.append(lowest)
-        rows.append(index)
-        if per_image:
-            value = jnp.where(row // per_image == index[None] // per_image, jnp.inf, value)
-    return jnp.stack(values), jnp.stack(rows)
-
-
-def _deciding(search: _Search, slots: _Slots) -> jax.Array:
-    """[G]: images that are farther than this do not change the answer."""
-    value, _ = slots
-    if search.span is None:
-        return value[-1]
-    # If not even the nearest other row that was seen makes the first image the same, none does.
-    same = value[0] < search.same_image**2 * value[1]
-    last = search.span + same.astype(jnp.int32)
-    place = jnp.arange(1, search.num + 1, dtype=jnp.int32)[:, None]
-    return jnp.min(jnp.where(place == last[None], value, jnp.inf), axis=0)
-
-
-def _nearest_in_full(
-    search: _Search, queries: jax.Array, label: jax.Array | None, *, tile: int
-) -> _Slots:
-    """The nearest images by all products, at full precision."""
-    num_rows = search.rows.shape[0]
-    valid, row_label = (
-        None if x is None else x[:num_rows] for x in (search.valid, search.row_label)
-    )
-    if not search.per_image:
-        labels = None if label is None or row_label is None else (label, row_label)
-        value, row = distances.nearest(queries, search.rows, valid=valid, labels=labels, tile=tile)
-        return value[None], row[None]
-    each = (-1, search.per_image)
-    value, row = distances.nearest_each(
-        queries,
-        search.rows.reshape(*each, search.rows.shape[1]),
-        valid=None if valid is None else valid.reshape(each),
-        tile=tile,
-    )
-    row += search.per_image * jnp.arange(len(row), dtype=jnp.int32)[:, None]
-    if label is not None and row_label is not None:
-        own = row_label.reshape(each)[:, :1] == label[None, :]
-        value = jnp.where(own, jnp.inf, value)
-    unknown = jnp.any(jnp.isnan(value), axis=0)  # must show, wherever it ranks
-    negated, image = lax.top_k(-value.T, min(search.num, len(value)))
-    row = jnp.take_along_axis(row.T, image, axis=1)
-    value = jnp.where(unknown[:, None], jnp.nan, -negated)
-    missing = ((0, 0), (0, search.num - value.shape[1]))
-    value = jnp.pad(value, missing, constant_values=jnp.inf)
-    return value.T, jnp.pad(row, missing).T
+    return proofs.look_at(search, queries, row.reshape(-1, row.shape[-1]), label=label, slots=slots)
 
 
 def _project(x: jax.Array, basis: jax.Array) -> jax.Array:
@@ -733,7 +591,7 @@ def _project(x: jax.Array, basis: jax.Array) -> jax.Array:
 
 def _sum_error(dim: int) -> float:
     """Of `_project`, relative to the lengths of what is multiplied."""
-    return (_PART + -(-dim // _PART) + 8) * _UNIT
+    return (_PART + -(-dim // _PART) + 8) * proofs.UNIT
 
 
 def _multiply(rows: jax.Array, queries: jax.Array, *, precision: lax.Precision) -> jax.Array:
@@ -745,16 +603,3 @@ def _multiply(rows: jax.Array, queries: jax.Array, *, precision: lax.Precision) 
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-
-
-def _columns(slots: _Slots, who: jax.Array) -> _Slots:
-    return jnp.take(slots[0], who, axis=1), jnp.take(slots[1], who, axis=1)
-
-
-def _put(slots: _Slots, who: jax.Array, part: _Slots) -> _Slots:
-    return slots[0].at[:, who].set(part[0]), slots[1].at[:, who].set(part[1])
-
-
-def _fill(shape: tuple[int, ...], like: jax.Array, value: Any, dtype: Any) -> jax.Array:
-    """A constant that varies over the same mesh axes as a scalar, so that loops carry it."""
-    return jnp.broadcast_to(jnp.full_like(like, value, dtype=dtype), shape)

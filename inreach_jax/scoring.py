@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from inreach_jax import distances, pruning, sharding, support
+from inreach_jax import distances, products, proofs, pruning, rounded, sharding, support
 from inreach_jax.config import InReachConfig
 from inreach_jax.images import rotate
 from inreach_jax.types import INDEX_PER_ROW, PER_ROW, NominalBank, Scores
@@ -27,7 +27,7 @@ def score_patches(
     *,
     exclude: jax.Array | None = None,
     axes: sharding.Axes = (),
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
     """Squared distance of each patch to its nearest bank row (paper, section 3.4).
@@ -42,8 +42,9 @@ def score_patches(
         index, to score the training images themselves. None for no image.
       axes: Mesh axes that the images and what the bank has per row are sharded over, as
         `shard_bank` does it: they are then those of a shard. () for one device.
-      tile: Bank rows per product; tile * B * P floats are needed beside the inputs, B of all
-        shards. With a span, `span_chunk` images are searched at a time instead.
+      tile: Bank rows per product, None for what suits the device; tile * B * P floats are needed
+        beside the inputs, B of all shards. With a span, `span_chunk` images are searched at a time
+        instead.
       precision: Of the products. Where the bank has an index, it has one of its own, and results
         are exact at any.
 
@@ -180,7 +181,7 @@ def image_distances(
     kept: jax.Array | None = None,
     exclude: jax.Array | None = None,
     axes: sharding.Axes = (),
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> tuple[jax.Array, jax.Array]:
     """Squared distance of each patch to the nearest bank row of every training image.
@@ -262,7 +263,7 @@ def score_descriptors(
     angles: jax.Array | None = None,
     exclude: jax.Array | None = None,
     axes: sharding.Axes = (),
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> Scores:
     """Scores of images whose descriptors are known.
@@ -329,7 +330,7 @@ def _search_index(
     *,
     exclude: jax.Array | None,
     axes: sharding.Axes,
-    tile: int,
+    tile: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """`score_patches` where the bank has an index."""
     index, shape = bank.index, descriptors.shape[:2]
@@ -340,10 +341,14 @@ def _search_index(
     if exclude is not None:
         labels = sharding.gather(jnp.repeat(exclude, shape[1]), axes), bank.image
     per_image, num = (0, 1) if bank.span is None else (bank.per_image, index.num_images)
-    value, row, _ = pruning.nearest(
+    nearest = (
+        rounded.nearest
+        if index.basis is None
+        else functools.partial(pruning.nearest, basis=index.basis)
+    )
+    value, row, _ = nearest(
         queries,
         bank.rows,
-        basis=index.basis,
         heads=(index.heads, index.norm, index.slack),
         valid=_valid(bank, axes),
         labels=labels,
@@ -362,7 +367,7 @@ def _search_index(
         value, row, near = (sharding.exchange(x, axes) for x in (value, row, near))
         of_all = row
         unknown = jnp.any(jnp.isnan(value), axis=0)[None, :]
-        value, row = pruning.nearest_of(value, row, per_image=per_image, num=num)
+        value, row = proofs.nearest_of(value, row, per_image=per_image, num=num)
         value = jnp.where(unknown, jnp.nan, value)
     place, share = jnp.zeros_like(row[:1]), jnp.ones_like(value[0])
     if bank.span is not None:
@@ -393,7 +398,7 @@ def _queries(bank: NominalBank, descriptors: jax.Array) -> jax.Array:
         # An image at a time: how a product rounds may depend on its shape, and scores must not
         # depend on the number of images or devices.
         def project(image: jax.Array) -> jax.Array:
-            return jnp.matmul(image, projection, precision=lax.Precision.HIGHEST)
+            return products.dot(image, projection, axis=0)
 
         queries = lax.map(project, queries)
     return queries.reshape(-1, queries.shape[-1])

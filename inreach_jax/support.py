@@ -68,7 +68,7 @@ def seed_distances(
     *,
     seed_index: jax.Array,
     image_index: jax.Array,
-    tile: int = distances.DEFAULT_TILE,
+    tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> jax.Array:
     """Distance of each patch to the nearest patch of every seed image.
@@ -79,7 +79,8 @@ def seed_distances(
       seed_index: [S] int32, which training images the seeds are.
       image_index: [B] int32, which training images the images are. An image is infinitely far from
         itself.
-      tile: Seed patches per product; tile * B * P floats are needed beside the inputs.
+      tile: Seed patches per product, None for what suits the device; tile * B * P floats are
+        needed beside the inputs.
       precision: Of the products.
 
     Returns:

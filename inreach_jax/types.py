@@ -66,16 +66,16 @@ class Channels:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BankIndex:
-    """What makes searching a bank faster: see `inreach_jax.pruning`.
+    """What makes searching a bank faster: see `inreach_jax.pruning` and `inreach_jax.rounded`.
 
     It is of the rows as they were when it was made, and is made anew rather than saved. Heads of
     padding rows are 0.
     """
 
-    basis: jax.Array  # [D, d] float32, directions in which the rows vary most
-    heads: jax.Array  # [M, E] float32 or bfloat16, rows along them, and what is left: E = d + 1
+    heads: jax.Array  # [M, E] float32 or bfloat16, rows along the basis and what is left: E = d + 1
     norm: jax.Array  # [M] float32, squared, of the heads
     slack: jax.Array  # [] float32, how far a head may be off
+    basis: jax.Array | None = None  # [D, d] float32, directions; None: heads are rounded rows
     num_images: int = _static(0)  # [] int32, static: nearest images told apart; 0 without a span
 
 

@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# The default float32 product is TF32 on recent GPUs and bfloat16 on TPUs.
-_PRECISION = lax.Precision.HIGHEST
+from inreach_jax import products
 
 _FEW_CHANNELS = 4
 
@@ -98,15 +97,8 @@ class Conv(nn.Module):
         if size == 1 or x.shape[-1] <= _FEW_CHANNELS:
             x = jnp.concatenate(_shifted(x, size, self.stride, pads), axis=-1)
             kernel = kernel.reshape(-1, self.features)
-            return lax.dot_general(x, kernel, (((3,), (0,)), ((), ())), precision=_PRECISION)
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            pads,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=_PRECISION,
-        )
+            return products.dot(x, kernel, axis=0)
+        return products.conv(x, kernel, stride=self.stride, padding=pads)
 
 
 class DepthwiseConv(nn.Module):

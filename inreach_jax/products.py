@@ -1,0 +1,133 @@
+"""Products of float32 that are right to float32, at the rate that the hardware has for them.
+
+Data-centre GPUs multiply TF32, of ten bits of mantissa, seven times as fast as float32, and cuDNN
+turns convolutions of float32 into Fourier transforms besides. A float32 number is the sum of two
+that TF32 holds, but for its last two bits: x = high + low. Of x y = (high + low)(high' + low') all
+but low low' is kept, and that is below what float32 rounds anyway. The three products are one, of
+three times as many dimensions: what is added up stays in the accumulator.
+
+    [high, high, low] . [high', low', high']
+
+Measured on an H200 (docs/benchmarks.md). Elsewhere float32 products are left to XLA at the highest
+precision, which on TPUs is six passes of bfloat16, made in the same way.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_LOST = 13
+"""Bits of float32's mantissa that TF32 does not have."""
+
+_FAST_TF32 = ("8.0", "9.0", "10.0", "10.3")
+"""Compute capabilities whose TF32 is more than three times as fast as float32: A100, H100, H200,
+B200, B300. Others have it at the same rate, or not at all."""
+
+_ALIGNED = 8
+"""Of fewer numbers at a time, products are not made by matrix units."""
+
+
+def on_accelerator() -> bool:
+    """Whether the default device is none of the CPU's: many small steps are slow there.
+
+    Asked when a function is traced. Initialises the default backend.
+    """
+    return jax.default_backend() != "cpu"
+
+
+@functools.cache
+def in_three_passes() -> bool:
+    """Whether float32 products are made of three in TF32: where the default device is fast at it.
+
+    Asked when a function is traced. Initialises the default backend.
+    """
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.local_devices()[0], "compute_capability", "")) in _FAST_TF32
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two parts that TF32 holds, and whose sum is x.
+
+    Args:
+      x: float32.
+
+    Returns:
+      Its value in TF32, rounded to nearest, and the rest, of which TF32 holds all but the last two
+      bits. What is not finite is in both parts, so that products with it are not finite either.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    half = jnp.uint32(1 << (_LOST - 1))
+    kept = (bits + half) & jnp.uint32(0xFFFFFFFF & ~((1 << _LOST) - 1))
+    high = jnp.where(jnp.isfinite(x), lax.bitcast_convert_type(kept, jnp.float32), x)
+    return high, jnp.where(jnp.isfinite(high), x - high, x)
+
+
+def dot(
+    a: jax.Array, b: jax.Array, *, axis: int, precision: lax.Precision = lax.Precision.HIGHEST
+) -> jax.Array:
+    """A product over the last axis of a and one of b.
+
+    Args:
+      a: [..., K] float32.
+      b: [..., K, ...] float32, or of the same narrower type as a.
+      axis: Of b.
+      precision: Of the products; only at HIGHEST are they right to float32.
+
+    Returns:
+      float32: the other axes of a, then those of b.
+    """
+    contract = (((a.ndim - 1,), (axis,)), ((), ()))
+    if precision == lax.Precision.HIGHEST and in_three_passes():
+        a, b = _three_passes(a, b, axis=axis)
+        precision = lax.Precision.DEFAULT
+    return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    padding: str | list[tuple[int, int]] = "SAME",
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> jax.Array:
+    """A convolution.
+
+    Args:
+      x: [B, H, W, C] float32.
+      kernel: [h, w, C, outputs] float32.
+      stride: In both directions.
+      padding: As for `jax.lax.conv_general_dilated`.
+      precision: As for `dot`.
+
+    Returns:
+      [B, H', W', outputs] float32.
+    """
+    if precision == lax.Precision.HIGHEST and in_three_passes():
+        x, kernel = _three_passes(x, kernel, axis=2)
+        precision = lax.Precision.DEFAULT
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+
+def _three_passes(a: jax.Array, b: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """What is multiplied in TF32 in place of a and b, over the last axis of a and one of b."""
+    (high_a, low_a), (high_b, low_b) = split(a), split(b)
+    return (
+        _aligned(jnp.concatenate([high_a, high_a, low_a], axis=-1), axis=a.ndim - 1),
+        _aligned(jnp.concatenate([high_b, low_b, high_b], axis=axis), axis=axis),
+    )
+
+
+def _aligned(x: jax.Array, *, axis: int) -> jax.Array:
+    missing = -x.shape[axis] % _ALIGNED
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

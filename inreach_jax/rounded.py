@@ -1,0 +1,305 @@
+"""Nearest neighbours by products of bfloat16, proved: exact as `distances`, on matrix units.
+
+The rows are multiplied as they are, but rounded, so that nothing is left out but what rounding may
+change, and that is known of each: mostly one row, or two, may be the nearest then. Where products
+are cheap, and small steps are not, this leaves less to do than the short heads of `pruning`.
+
+- Keys: the bits of a squared distance order like the distance itself. The lowest ones give way to
+  the number of the row in its block, so that one integer says how far, and which. Cutting bits off
+  only lowers a bound.
+- Blocks: of each `Sizes.block` rows the three lowest keys, in one pass over the product. The first
+  two are looked at in full, the third bounds what else there is.
+- Certified, and complete: as in `pruning`. Queries that two rows of a few blocks do not prove look
+  at whole blocks, and if that does not do, at all rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from inreach_jax import distances, products, proofs
+from inreach_jax.proofs import Search, Slots
+
+PRODUCT_BYTES = 2**29
+"""Of products at a time, which is most of what the search needs beside its inputs."""
+
+_MOST = np.iinfo(np.int32).max
+_INFINITY = 0x7F800000  # the bits of float32's
+_ALIGNED = 16  # numbers of bfloat16 that matrix units take at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How the work is cut; none of it changes what is found.
+
+    Attributes:
+      block: Keys whose lowest are found together, a power of two.
+      rows: Consecutive rows that share a key.
+      ahead: Blocks of which two rows are looked at, beyond one for each image that is looked for.
+      whole: Blocks that are looked at as a whole where that does not do.
+      group: Queries of which they are looked at together.
+      full: Queries that are searched in full together.
+    """
+
+    block: int = 256
+    rows: int = 1
+    ahead: int = 2
+    whole: int = 8
+    group: int = 128
+    full: int = 256
+
+
+def make_heads(
+    rows: jax.Array, *, valid: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is multiplied.
+
+    Args:
+      rows: [M, D] float32.
+      valid: [M] bool, rows that may be neighbours; None for all. The others have heads of zeros.
+
+    Returns:
+      Heads [M, E] bfloat16, the rows rounded and zeros up to a multiple of 16; their squared norms
+      [M] float32; and by how much they are off [M] float32, Euclidean.
+    """
+    short = rows.astype(jnp.bfloat16)
+    rounded = short.astype(jnp.float32)
+    lost = jnp.sqrt(distances.squared_distance(rows, rounded))
+    lost *= 1 + (rows.shape[1] + 4) * proofs.UNIT
+    norm = distances.sq_norm(rounded)
+    short = jnp.pad(short, ((0, 0), (0, -rows.shape[1] % _ALIGNED)))
+    if valid is None:
+        return short, norm, lost
+    return (
+        jnp.where(valid[:, None], short, 0),
+        jnp.where(valid, norm, 0),
+        jnp.where(valid, lost, 0),
+    )
+
+
+def nearest(
+    queries: jax.Array,
+    rows: jax.Array,
+    *,
+    heads: tuple[jax.Array, jax.Array, jax.Array],
+    valid: jax.Array | None = None,
+    labels: tuple[jax.Array, jax.Array] | None = None,
+    per_image: int = 0,
+    span: jax.Array | None = None,
+    num: int = 1,
+    same_image: float = 0.0,
+    tile: int | None = None,
+    sizes: Sizes = Sizes(),
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The nearest row to each query, or the nearest row of each of its nearest images.
+
+    Args:
+      queries: [Q, D] float32.
+      rows: [M, D] float32.
+      heads: From `make_heads`; of how far they are off the maximum [] will do.
+      valid: As for `pruning.nearest`, like all that follow but `sizes`.
+      labels: Likewise.
+      per_image: Likewise.
+      span: Likewise.
+      num: Likewise.
+      same_image: Likewise.
+      tile: Likewise.
+      sizes: How the work is cut.
+
+    Returns:
+      As `pruning.nearest`.
+    """
+    queries, rows, heads = lax.stop_gradient((queries, rows, heads))
+    label, row_label = (None, None) if labels is None else labels
+    short, norm, loose = heads
+    search = Search(
+        rows=rows,
+        heads=short,
+        norm=norm if valid is None else jnp.where(valid, norm, jnp.inf),
+        longest=jnp.sqrt(jnp.max(norm)),
+        loose=proofs.largest(loose),
+        valid=valid,
+        row_label=row_label,
+        per_image=per_image,
+        span=span,
+        num=num,
+        same_image=same_image,
+        full=sizes.full,
+    )
+    num_queries = queries.shape[0]
+    limit = max(sizes.group, PRODUCT_BYTES // (4 * 8 * sizes.block * sizes.rows))
+    num_chunks = -(-num_queries // limit)
+    chunk = -(-num_queries // num_chunks)
+
+    def of_chunk(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start = jnp.minimum(i * chunk, num_queries - chunk)
+
+        def part(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, start, chunk)
+
+        (value, row), opened = _of_chunk(
+            search, part(queries), None if label is None else part(label), sizes=sizes
+        )
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, new, start, axis=0)
+            for whole, new in zip(found, (value.T, row.T, opened), strict=True)
+        )
+
+    like = queries[0, 0] + search.loose
+    if label is not None and row_label is not None:
+        like = jnp.where(label[0] == row_label[0], like, 0)
+    init = (
+        proofs.fill(like, shape=(num_queries, num), value=jnp.inf, dtype=jnp.float32),
+        proofs.fill(like, shape=(num_queries, num), value=0, dtype=jnp.int32),
+        proofs.fill(like, shape=(num_queries,), value=0, dtype=jnp.int32),
+    )
+    value, row, opened = lax.fori_loop(0, num_chunks, of_chunk, init)
+    value, row = proofs.complete(
+        search, queries, opened, label=label, slots=(value.T, row.T), tile=tile
+    )
+    return value.T, row.T, opened
+
+
+_Keys = tuple[jax.Array, jax.Array, jax.Array]
+"""The three lowest of some, ascending."""
+
+
+def _of_chunk(
+    search: Search, queries: jax.Array, label: jax.Array | None, *, sizes: Sizes
+) -> tuple[Slots, jax.Array]:
+    """The nearest images of a chunk of queries, and the blocks looked at for each, or -1."""
+    short, norm, loose = make_heads(queries)
+    starts, block, keys = _lowest_keys(search, short, norm, label, sizes=sizes)
+    mask = block - 1
+    num_blocks, num = len(starts), queries.shape[0]
+    first = jnp.asarray(starts)
+    bounds = [_bound(key, mask) for key in keys]
+    by_query = bounds[0].T  # [Q, N]
+    like = by_query[0, 0]
+
+    def lowest(bounds: jax.Array, times: int) -> tuple[jax.Array, jax.Array]:
+        """The lowest blocks [times, G], and the bound of the next one [G]."""
+        negated, which = lax.top_k(-bounds, min(times + 1, num_blocks))
+        behind = -negated[:, times] if times < num_blocks else jnp.full_like(like, jnp.inf)
+        return which[:, :times].T.astype(jnp.int32), behind
+
+    times = min(search.num + sizes.ahead, num_blocks)
+    which, closed = lowest(by_query, times)
+    columns = jnp.arange(num, dtype=jnp.int32)[None, :]
+    behind = jnp.arange(sizes.rows, dtype=jnp.int32)[:, None, None]
+    row = jnp.concatenate(
+        [
+            (jnp.take(first, which) + (key[which, columns] & mask) * sizes.rows)[None] + behind
+            for key in keys[:2]
+        ]
+    )
+    nothing = search.nothing(size=num, like=like)
+    slots = proofs.look_at(search, queries, row.reshape(-1, num), label=label, slots=nothing)
+    closed = jnp.minimum(closed, jnp.min(bounds[2][which, columns], axis=0))
+    proved = closed > proofs.threshold(search, slots=slots, norm=norm, loose=loose)
+    count = jnp.where(proved, times, -1).astype(jnp.int32)
+
+    size, whole = min(sizes.group, num), min(sizes.whole, num_blocks)
+    order = jnp.argsort(proved).astype(jnp.int32)
+    num_pending = jnp.sum(~proved, dtype=jnp.int32)
+    of_block = jnp.arange(block * sizes.rows, dtype=jnp.int32)[None, :, None]
+
+    def of_group(
+        carry: tuple[jax.Array, Slots, jax.Array],
+    ) -> tuple[jax.Array, Slots, jax.Array]:
+        i, slots, count = carry
+        who = lax.dynamic_slice_in_dim(order, jnp.minimum(i * size, num - size), size)
+        which, closed = lowest(jnp.take(by_query, who, axis=0), whole)
+        row = (jnp.take(first, which)[:, None] + of_block).reshape(-1, size)
+        part = proofs.look_at(
+            search,
+            jnp.take(queries, who, axis=0),
+            row,
+            label=None if label is None else jnp.take(label, who),
+            slots=search.nothing(size=size, like=like),
+        )
+        limit = proofs.threshold(
+            search, slots=part, norm=jnp.take(norm, who), loose=jnp.take(loose, who)
+        )
+        before = jnp.take(count, who)  # groups overlap
+        after = jnp.where(before >= 0, before, jnp.where(closed > limit, whole, -1))
+        slots = proofs.put(who, of=slots, part=part, kept=before >= 0)
+        return i + 1, slots, count.at[who].set(after)
+
+    _, slots, count = lax.while_loop(
+        lambda carry: carry[0] * size < num_pending,
+        of_group,
+        (jnp.zeros_like(num_pending), slots, count),
+    )
+    return slots, count
+
+
+def _lowest_keys(
+    search: Search, short: jax.Array, norm: jax.Array, label: jax.Array | None, *, sizes: Sizes
+) -> tuple[np.ndarray, int, _Keys]:
+    """Where each block begins [N], how many keys it has, and the three lowest [N, Q].
+
+    The last tile overlaps the one before it: its blocks have some rows once more.
+    """
+    num_rows, num = search.rows.shape[0], short.shape[0]
+    block = min(sizes.block, 1 << ((num_rows // sizes.rows).bit_length() - 1))
+    size = block * sizes.rows
+    limit = max(1, PRODUCT_BYTES // (4 * num * size))
+    num_tiles = -(-num_rows // (size * min(limit, max(1, num_rows // size))))
+    each = min(-(-num_rows // (num_tiles * size)), num_rows // size)  # blocks of a tile
+    num_tiles, tile = -(-num_rows // (each * size)), each * size
+    begin = np.minimum(np.arange(num_tiles) * tile, num_rows - tile)
+    starts = (begin[:, None] + np.arange(each) * size).reshape(-1).astype(np.int32)
+    doubled = -2 * short
+
+    def of_tile(i: jax.Array, keys: _Keys) -> _Keys:
+        start = jnp.minimum(i * tile, num_rows - tile)
+
+        def rows_of(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, start, tile)
+
+        product = products.dot(rows_of(search.heads), doubled, axis=1, precision=search.precision)
+        distance = jnp.maximum((rows_of(search.norm)[:, None] + norm[None, :]) + product, 0)
+        if label is not None and search.row_label is not None:
+            same = rows_of(search.row_label)[:, None] == label[None, :]
+            distance = jnp.where(same, jnp.inf, distance)
+        if sizes.rows > 1:
+            distance = jnp.min(distance.reshape(-1, sizes.rows, num), axis=1)
+        bits = lax.bitcast_convert_type(distance, jnp.int32).reshape(each, block, num)
+        number = lax.broadcasted_iota(jnp.int32, bits.shape, 1)
+        found = _three_lowest((bits & -block) | number)
+        return tuple(  # type: ignore[return-value]
+            lax.dynamic_update_slice_in_dim(whole, new, i * each, axis=0)
+            for whole, new in zip(keys, found, strict=True)
+        )
+
+    like = search.norm[0] + norm[0]
+    if label is not None and search.row_label is not None:
+        like = jnp.where(search.row_label[0] == label[0], like, 0)
+    shape = (num_tiles * each, num)
+    init: Any = (proofs.fill(like, shape=shape, value=_MOST, dtype=jnp.int32),) * 3
+    return starts, block, lax.fori_loop(0, num_tiles, of_tile, init)
+
+
+def _three_lowest(key: jax.Array) -> _Keys:
+    """Of keys [n, block, Q] those of each block, [n, Q] each, in one pass."""
+
+    def merge(a: _Keys, b: _Keys) -> _Keys:
+        low, high = jnp.minimum(a[0], b[0]), jnp.maximum(a[0], b[0])
+        second = jnp.minimum(jnp.minimum(a[1], b[1]), high)
+        third = jnp.minimum(jnp.maximum(a[1], b[0]), jnp.maximum(a[0], b[1]))
+        return low, second, jnp.minimum(jnp.minimum(a[2], b[2]), third)
+
+    most = jnp.full_like(key, _MOST)
+    found: _Keys = lax.reduce((key, most, most), (np.int32(_MOST),) * 3, merge, (1,))
+    return found
+
+
+def _bound(key: jax.Array, mask: int) -> jax.Array:
+    """At most the squared distance that a key is of."""
+    value = lax.bitcast_convert_type(key & ~mask, jnp.float32)
+    return jnp.where(key >= _INFINITY, jnp.inf, value)
