@@ -13,11 +13,13 @@ What there is, for --only:
 
     preprocessing  backbone  descriptors  mutual_nn  association  bank_build  bank_search
     patchcore  latency  throughput  cold_start  metrics  end_to_end  fit  memory  growth
-    end_to_end_wide
+    end_to_end_wide  chip_peaks  chip_stages  chip_fit  chip_search  chip_score  chip_latency
+    chip_score_images
 
---helpfull says what each does; the last one takes minutes, and has to be named. --seconds is what
-each comparison may take, and at least three rounds are made: with the default, the whole is meant
-to take less than ten minutes on two cores.
+--helpfull says what each does; those of the last two lines take minutes, or want an accelerator,
+and have to be named. --seconds is what each comparison may take, and at least three rounds are
+made: with the default, the whole is meant to take less than ten minutes on two cores. On a GPU,
+PyTorch computes there, too, at the same precision.
 
 Writes into --workdir (results/benchmark)
 
@@ -41,7 +43,7 @@ from typing import Any
 from absl import flags
 
 from experiments import common_flags, runner
-from experiments.benchmarks import growth, measure, report, search, steps, whole
+from experiments.benchmarks import chip, growth, measure, report, search, steps, whole
 from experiments.benchmarks.measure import Bench, Peers, Row
 from inreach_jax.datasets import Dataset, demo
 
@@ -65,9 +67,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "fit": whole.fit,
     "memory": growth.memory,
     "growth": growth.growth,
+    "chip_peaks": chip.chip_peaks,
+    "chip_stages": chip.chip_stages,
+    "chip_fit": chip.chip_fit,
+    "chip_search": chip.chip_search,
+    "chip_score": chip.chip_score,
+    "chip_latency": chip.chip_latency,
+    "chip_score_images": chip.chip_score_images,
 }
 
-SLOW = ("end_to_end_wide",)
+SLOW = ("end_to_end_wide", *(name for name in BENCHMARKS if name.startswith("chip_")))
 """Only where --only names them."""
 
 

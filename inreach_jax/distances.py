@@ -214,7 +214,11 @@ def nearest_each(
         rows, usable = group
         return nearest(queries, rows, centre=centre, valid=usable, tile=tile, precision=precision)
 
-    value, index = lax.map(of_group, (groups, valid))
+    # An accelerator wants more to do at a time than one group is.
+    together = None
+    if products.on_accelerator():
+        together = max(1, default_tile(queries.shape[0]) // groups.shape[1])
+    value, index = lax.map(of_group, (groups, valid), batch_size=together)
     return sharding.exchange(value, axes), sharding.exchange(index, axes)
 
 

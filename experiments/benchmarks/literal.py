@@ -24,15 +24,15 @@ Patch = tuple[int, int]
 
 
 def tensor(x: Any) -> Tensor:
-    """An array of ours; not a copy where it lies in memory that PyTorch can read."""
-    return torch.from_numpy(np.array(x))
+    """An array of ours, where PyTorch computes."""
+    return torch.from_numpy(np.array(x)).to(torch.get_default_device())
 
 
 def preprocess(
     image: np.ndarray, *, mean: Sequence[float], std: Sequence[float], config: InReachConfig
 ) -> Tensor:
     """[H, W, 3] uint8 -> [1, 3, h, w] float32: resized, cropped and normalised."""
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float().contiguous()
+    x = tensor(image).permute(2, 0, 1)[None].float().contiguous()
     x = functional.interpolate(x, config.resize, mode="bilinear", antialias=config.antialias)
     top, left = ((r - c) // 2 for r, c in zip(config.resize, config.crop, strict=True))
     x = x[:, :, top : top + config.crop[0], left : left + config.crop[1]]
@@ -155,7 +155,7 @@ def score_map(patches: Tensor, *, config: InReachConfig) -> np.ndarray:
     mode: dict[str, Any] = {"mode": config.upsampling}
     if config.upsampling == "bilinear":
         mode["align_corners"] = False
-    map_ = functional.interpolate(patches[None, None], config.crop, **mode)[0, 0].numpy()
+    map_ = functional.interpolate(patches[None, None], config.crop, **mode)[0, 0].cpu().numpy()
     smooth: np.ndarray = scipy.ndimage.gaussian_filter(map_, config.smoothing_sigma)
     return smooth
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import pathlib
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +47,7 @@ class Peers:
     """Packages that we are compared with. Whoever lacks one goes without its rows."""
 
     def __init__(self, *, cores: int):
-        """They get as many threads as XLA has cores."""
+        """They get as many threads as XLA has cores, and PyTorch the same GPU and precision."""
         self._cores = cores
         self._found: dict[str, ModuleType | None] = {}
 
@@ -63,6 +64,9 @@ class Peers:
         limits = {"torch": "set_num_threads", "faiss": "omp_set_num_threads"}
         if module.__name__ in limits:
             getattr(module, limits[module.__name__])(self._cores)
+        if module.__name__ == "torch" and jax.default_backend() == "gpu":
+            module.set_default_device("cuda")
+            module.backends.cudnn.allow_tf32 = False
         return module
 
     @property
@@ -213,7 +217,7 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in functions}
     results: dict[str, Any] = {}
     for function in functions.values() if warm_up else ():
-        jax.block_until_ready(function())
+        _wait(function())
     begun = time.perf_counter()
     for repeat in range(_MAX_REPEATS):
         if repeat >= min_repeats and time.perf_counter() - begun > seconds:
@@ -221,11 +225,24 @@ def interleaved(
         for name, function in functions.items():
             time.sleep(_PAUSE)
             start = time.perf_counter()
-            results[name] = jax.block_until_ready(function())
+            results[name] = _wait(function())
             taken[name].append(time.perf_counter() - start)
     return Timed(
         seconds={name: np.array(values) for name, values in taken.items()}, results=results
     )
+
+
+def _wait(result: Any) -> Any:
+    """What a function returned, once it is there."""
+    torch = sys.modules.get("torch")
+    if torch is not None and jax.default_backend() == "gpu":
+        torch.cuda.synchronize()
+    return jax.block_until_ready(result)
+
+
+def on_host(x: Any) -> Any:
+    """An array of a peer's, where NumPy can read it."""
+    return x.cpu().numpy() if hasattr(x, "cpu") else x
 
 
 def compare(

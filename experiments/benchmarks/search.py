@@ -10,6 +10,7 @@ from jax import lax
 
 import inreach_jax
 from experiments import peers
+from experiments.benchmarks import measure
 from experiments.benchmarks.measure import Bench, Row, compare
 from inreach_jax import NominalBank, scoring
 from inreach_jax import bank as bank_lib
@@ -152,7 +153,9 @@ def _searches(
 
         def of_images() -> np.ndarray:  # the whole matrix would be gigabytes
             parts = of_queries.split(size)
-            return np.concatenate([literal.nearest(part, of_rows)[1].numpy() for part in parts])
+            return np.concatenate(
+                [measure.on_host(literal.nearest(part, of_rows)[1]) for part in parts]
+            )
 
         literal.nearest(of_queries[:size], of_rows)
         searches["torch.cdist and min"] = of_images

@@ -28,7 +28,7 @@ WIDE_TAPS = BACKBONES["wide_resnet50_2"].default_taps
 
 def difference(ours: Any, theirs: Any) -> float:
     """The largest difference over the largest value."""
-    theirs = np.asarray(theirs)
+    theirs = np.asarray(measure.on_host(theirs))
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
@@ -75,7 +75,7 @@ def preprocessing(bench: Bench) -> list[Row]:
 def backbone(bench: Bench) -> list[Row]:
     """Feature maps of 8 images of 224 pixels; Wide-ResNet-50-2 against torchvision's."""
     rng = np.random.default_rng(0)
-    batch = rng.standard_normal(BATCH_SHAPE, np.float32)
+    batch = jnp.asarray(rng.standard_normal(BATCH_SHAPE, np.float32))
     lite = bench.backbone
     forward = jax.jit(lite.spec.apply)
     timed = bench.time({"ours": lambda: forward(lite.variables, batch)})
@@ -83,14 +83,16 @@ def backbone(bench: Bench) -> list[Row]:
     torch, torchvision = bench.peers.get("torch"), bench.peers.get("torchvision")
     if torch is None or torchvision is None:
         return rows
+    from experiments.benchmarks import literal
+
     spec = BACKBONES["wide_resnet50_2"]
     model = torchvision.models.wide_resnet50_2(weights=None).eval()
     variables = _variables(model, spec)
-    wide = jax.jit(lambda x: spec.apply(variables, x))
+    wide = jax.jit(spec.apply)
     blocks = [
         block for stage in (1, 2, 3, 4) for block in getattr(model, f"layer{stage}").children()
     ][: max(WIDE_TAPS) + 1]
-    x = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+    x = literal.tensor(batch).permute(0, 3, 1, 2).contiguous()
 
     def theirs() -> list[Any]:
         taps = []
@@ -102,7 +104,7 @@ def backbone(bench: Bench) -> list[Row]:
                     taps.append(y)
         return taps
 
-    timed = bench.time({"ours": lambda: wide(batch), "theirs": theirs})
+    timed = bench.time({"ours": lambda: wide(variables, batch), "theirs": theirs})
     found = zip(timed.results["ours"], timed.results["theirs"], strict=True)
     apart = max(difference(a, b.permute(0, 2, 3, 1)) for a, b in found)
     row = compare(
@@ -119,7 +121,7 @@ def backbone(bench: Bench) -> list[Row]:
 
 def _variables(model: Any, spec: BackboneSpec) -> Any:
     """The weights of a PyTorch model as ours."""
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
     variables, _ = weights.convert(
         state,
         table=spec.conversion_table(),
@@ -202,7 +204,7 @@ def mutual_nn(bench: Bench) -> list[Row]:
     rows = [of("float32 matrix product, XLA", seconds["product"])]
     if "torch" in functions:
         found = zip(timed.results["search"], timed.results["torch"], strict=True)
-        equal = float(np.mean([np.asarray(x) == y.numpy() for x, y in found]))
+        equal = float(np.mean([np.asarray(x) == measure.on_host(y) for x, y in found]))
         rows += [
             of("float32 matrix product, torch", seconds["sgemm"]),
             of(

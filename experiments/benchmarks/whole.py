@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import inreach_jax
-from experiments.benchmarks import measure
+from experiments.benchmarks import chip, measure
 from experiments.benchmarks.measure import Bench, Row, compare
-from experiments.benchmarks.steps import PAPER, WIDE_TAPS, jaccard_index
-from inreach_jax import BACKBONES, descriptors
+from experiments.benchmarks.steps import PAPER, jaccard_index
+from inreach_jax import descriptors
 from inreach_jax.datasets import demo
 from inreach_jax.datasets.files import read_image
 
@@ -184,11 +184,7 @@ def end_to_end_wide(bench: Bench) -> list[Row]:
 
     Only if --only names it.
     """
-    spec = BACKBONES["wide_resnet50_2"]
-    images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # the variables are the same for any size
-    init = jax.jit(lambda key: spec.make_module().init(key, images, taps=(max(WIDE_TAPS),)))
-    wide = inreach_jax.Backbone(spec=spec, variables=init(jax.random.key(0)), weights_digest="")
-    levels = functools.partial(bench.levels, backbone=wide)
+    levels = functools.partial(bench.levels, backbone=chip.wide_backbone())
     return _end_to_end(bench, "end_to_end_wide", levels, num_train=12, num_test=4, batch_size=1)
 
 

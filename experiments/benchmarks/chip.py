@@ -1,0 +1,276 @@
+"""The paper's network at its size, on an accelerator: whole runs, and shares of the chip's peak.
+
+Wide-ResNet-50-2 with random weights, 249 training images of 3136 patches, a bank of a tenth of
+them. On a CPU there are 12 images, and all of it takes minutes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import inreach_jax
+from experiments.benchmarks import measure
+from experiments.benchmarks.measure import Bench, Row, compare, constant
+from experiments.benchmarks.steps import WIDE_TAPS
+from inreach_jax import BACKBONES, descriptors, distances, extraction, products, scoring
+
+_SHARE = 0.1  # of all patches, in the bank
+_FORMS: dict[str, Any] = {
+    # What products there are: the type of what is multiplied, and how precisely.
+    "float32, of three of TF32": (jnp.float32, products.dot, lax.Precision.HIGHEST),
+    "float32": (jnp.float32, None, lax.Precision.HIGHEST),
+    "TF32": (jnp.float32, None, lax.Precision.DEFAULT),
+    "bfloat16": (jnp.bfloat16, None, lax.Precision.DEFAULT),
+}
+_WAYS = {"float32": lax.Precision.HIGHEST, "bfloat16, proved": lax.Precision.DEFAULT}
+
+
+def batch_size() -> int:
+    """Images at a time: enough to keep the device busy."""
+    return 32 if products.on_accelerator() else 2
+
+
+@functools.cache
+def wide_backbone() -> inreach_jax.Backbone:
+    """Wide-ResNet-50-2 with random weights."""
+    spec = BACKBONES["wide_resnet50_2"]
+    images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # the variables are the same for any size
+    init = jax.jit(lambda key: spec.make_module().init(key, images, taps=(max(WIDE_TAPS),)))
+    return inreach_jax.Backbone(spec=spec, variables=init(jax.random.key(0)), weights_digest="")
+
+
+def varied(images: np.ndarray | Sequence[np.ndarray], num: int) -> np.ndarray:
+    """So many images [num, H, H, 3]: what there are, turned by quarters and mirrored."""
+    made = []
+    for number in range(num):
+        turns, which = divmod(number, len(images))
+        image = np.rot90(images[which], turns % 4)
+        made.append(image if turns < 4 else image[:, ::-1])
+    return np.stack(made)
+
+
+def _train(bench: Bench) -> np.ndarray:
+    return varied(bench.dataset.train.images, 249 if products.on_accelerator() else 12)
+
+
+def _config(preset: str, *, num_images: int) -> inreach_jax.InReachConfig:
+    config = inreach_jax.PRESETS[preset].replace(positional="off")
+    height, width = extraction.patch_grid(wide_backbone(), config)
+    rows = int(_SHARE * num_images * height * width)
+    return config.replace(max_bank_rows=rows, num_seeds=min(config.num_seeds, num_images))
+
+
+def _fit(bench: Bench, preset: str) -> inreach_jax.NominalBank:
+    images = _train(bench)
+    config = _config(preset, num_images=len(images))
+    return inreach_jax.fit(wide_backbone(), images, config=config, batch_size=batch_size())
+
+
+@functools.cache
+def _bank(bench: Bench, preset: str, way: str) -> inreach_jax.NominalBank:
+    if way == "float32":
+        return _fit(bench, preset)
+    return inreach_jax.index_bank(_bank(bench, preset, "float32"), by="rows")
+
+
+@functools.cache
+def peak(form: str) -> float:
+    """Floating-point operations a second, of a large product of a form."""
+    dtype, dot, precision = _FORMS[form]
+    size = 8192 if products.on_accelerator() else 1024
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
+
+    def plain(a: jax.Array, b: jax.Array) -> jax.Array:
+        if dot is not None:
+            return products.dot(a, b, axis=1, precision=precision)
+        return lax.dot_general(
+            a,
+            b,
+            (((1,), (1,)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    multiply = jax.jit(plain)
+    timed = measure.interleaved({"product": lambda: multiply(a, b)}, seconds=0.5, min_repeats=7)
+    return 2 * size**3 / float(np.median(timed.seconds["product"]))
+
+
+def chip_peaks(bench: Bench) -> list[Row]:
+    """What the device is capable of: products of 8192 x 8192 matrices, and a copy."""
+    rows = [
+        constant(f"chip_peak, {form}", "TFLOP/s", peak(form) / 1e12, "none", None)
+        for form in _FORMS
+    ]
+    x = jnp.ones((2**28 if products.on_accelerator() else 2**24,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    seconds = np.median(bench.time({"copy": lambda: copy(x)}).seconds["copy"])
+    rows.append(
+        constant("chip_peak, copy", "GB/s", 2 * x.nbytes / float(seconds) / 1e9, "none", None)
+    )
+    return rows
+
+
+def _best_float32() -> float:
+    return max(peak("float32"), peak("float32, of three of TF32"))
+
+
+def _share(name: str, taken: np.ndarray, *, operations: float, at: float) -> Row:
+    """A row of a stage against the same operations at the peak: the ratio is the share of it."""
+    return compare(
+        name, taken, "as many operations at the measured peak", np.array([operations / at])
+    )
+
+
+def _operations(function: Any, *arguments: Any) -> float:
+    """That a function's products and convolutions are made of, each of float32 counted once."""
+    analysis = function.lower(*arguments).cost_analysis()
+    return float(analysis["flops"]) / (3 if products.in_three_passes() else 1)
+
+
+def chip_stages(bench: Bench) -> list[Row]:
+    """Each stage on its own, against as many operations at the measured peak."""
+    size, wide = batch_size(), wide_backbone()
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((size, 224, 224, 3), np.float32))
+    taps = wide.spec.default_taps
+    forward = jax.jit(lambda variables, x: wide.spec.apply(variables, x, taps=taps))
+    levels = forward(wide.variables, images)
+    rows = []
+
+    def add(name: str, function: Any, *arguments: Any, operations: float, at: float) -> None:
+        seconds = bench.time({"ours": lambda: function(*arguments)}).seconds["ours"]
+        rows.append(_share(f"chip_{name}", seconds, operations=operations, at=at))
+
+    whole = _operations(forward, wide.variables, images)
+    at = _best_float32()
+    add(f"backbone, {size} images", forward, wide.variables, images, operations=whole, at=at)
+    for preset in ("default", "paper"):
+        config = inreach_jax.PRESETS[preset]
+        describe = jax.jit(
+            functools.partial(
+                descriptors.describe,
+                level_dim=config.level_dim,
+                descriptor_dim=config.descriptor_dim,
+            )
+        )
+        operations = _operations(describe, levels)
+        dim = config.descriptor_dim
+        name = f"descriptors_{dim}, {size} images"
+        add(name, describe, levels, operations=operations, at=at)
+    a, b = (jnp.asarray(rng.standard_normal((3136, 1024), np.float32)) for _ in range(2))
+    mutual = jax.jit(distances.mutual_nearest)
+    add("mutual_nn, 3136 x 3136, D = 1024", mutual, a, b, operations=2 * 3136**2 * 1024, at=at)
+    return rows
+
+
+def chip_search(bench: Bench) -> list[Row]:
+    """The bank of a tenth of the patches, searched for those of a batch, against the peak."""
+    size = min(batch_size(), 8)
+    images = varied(bench.dataset.test.images, size)
+    rows = []
+    for preset in ("default", "paper"):
+        config = _config(preset, num_images=len(_train(bench)))
+        described = inreach_jax.extract(
+            wide_backbone(), images, config=config, batch_size=batch_size()
+        ).first(size)
+        search = jax.jit(scoring.score_patches)
+        functions = {
+            way: functools.partial(search, _bank(bench, preset, way), described) for way in _WAYS
+        }
+        timed = bench.time(functions)
+        bank = _bank(bench, preset, "float32")
+        count, dim = int(bank.count), bank.rows.shape[1]
+        found = [timed.results[way] for way in _WAYS]
+        equal = float(jnp.mean(found[0][1] == found[1][1]))
+        apart = float(jnp.max(jnp.abs(found[0][0] - found[1][0])) / jnp.max(found[0][0]))
+        for way in _WAYS:
+            at = peak("bfloat16") if way != "float32" else _best_float32()
+            row = _share(
+                f"chip_search, {way}, {count:,} rows, D = {dim}, {size} images",
+                timed.seconds[way],
+                operations=2.0 * count * dim * size * described.shape[1],
+                at=at,
+            )
+            row["agreement"] = (
+                f"{equal:.4%} equal rows, distances within {apart:.0e} of the largest"
+            )
+            row["agrees"] = equal > 0.999 and apart < 1e-4
+            rows.append(row)
+    return rows
+
+
+def chip_fit(bench: Bench) -> list[Row]:
+    """Fitting a category of 249 images, after compilation."""
+    rows = []
+    for preset in ("default", "paper"):
+        _bank(bench, preset, "float32")  # compiles
+        fit = functools.partial(_fit, bench, preset)
+        timed = measure.interleaved({"ours": fit}, seconds=0, min_repeats=2, warm_up=False)
+        bank = timed.results["ours"]
+        name = f"chip_fit, {preset}, {len(_train(bench))} images, {int(bank.count):,} rows"
+        rows.append(compare(name, timed.seconds["ours"], "none"))
+    return rows
+
+
+def _score(bench: Bench, preset: str, way: str) -> tuple[Callable[[Any], Any], Any]:
+    config = _config(preset, num_images=len(_train(bench)))
+    score = jax.jit(inreach_jax.make_score_fn(wide_backbone(), config))
+    bank = _bank(bench, preset, way)
+    return (lambda images: score(wide_backbone().variables, bank, images)), config
+
+
+def chip_score(bench: Bench) -> list[Row]:
+    """Images to maps and scores, a batch at a time, with a bank of a tenth of the patches."""
+    size = batch_size()
+    images = varied(bench.dataset.test.images, size)
+    on_device = jnp.asarray(images)
+    rows = []
+    for preset, way in (
+        ("default", "bfloat16, proved"),
+        ("default", "float32"),
+        ("paper", "bfloat16, proved"),
+    ):
+        score, _ = _score(bench, preset, way)
+        timed = bench.time({"ours": functools.partial(score, on_device)})
+        name = f"chip_score, {preset}, {way}, {size} images at a time"
+        rows.append(compare(name, timed.seconds["ours"], "none", images=size))
+    return rows
+
+
+def _to_host(score: Callable[[Any], Any], image: np.ndarray) -> float:
+    return float(score(image).image[0])
+
+
+def chip_latency(bench: Bench) -> list[Row]:
+    """One image in the host's memory to its score there, with a bank of a tenth of the patches."""
+    image = varied(bench.dataset.test.images, 1)
+    rows = []
+    for way in reversed(_WAYS):
+        score, _ = _score(bench, "default", way)
+        timed = bench.time({"ours": functools.partial(_to_host, score, image)})
+        rows.append(compare(f"chip_latency, default, {way}", timed.seconds["ours"], "none"))
+    return rows
+
+
+def chip_score_images(bench: Bench) -> list[Row]:
+    """The same by `score_images`, from the host's memory and with maps that return to it."""
+    size = batch_size()
+    images = varied(bench.dataset.test.images, 4 * size)
+    config = _config("default", num_images=len(_train(bench)))
+    bank = _bank(bench, "default", "bfloat16, proved")
+
+    def run() -> list[inreach_jax.Scores]:
+        scores = inreach_jax.score_images(
+            wide_backbone(), bank, images, config=config, batch_size=size
+        )
+        return list(scores)
+
+    timed = bench.time({"ours": run})
+    name = f"chip_score_images, default, bfloat16, proved, {size} images at a time"
+    return [compare(name, timed.seconds["ours"], "none", images=len(images))]
