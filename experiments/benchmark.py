@@ -14,7 +14,7 @@ What there is, for --only:
     preprocessing  backbone  descriptors  mutual_nn  association  bank_build  bank_search
     patchcore  latency  throughput  cold_start  metrics  end_to_end  fit  memory  growth
     end_to_end_wide  chip_peaks  chip_stages  chip_fit  chip_search  chip_score  chip_latency
-    chip_score_images
+    chip_score_images  chip_paper
 
 --helpfull says what each does; those of the last two lines take minutes, or want an accelerator,
 and have to be named. --seconds is what each comparison may take, and at least three rounds are
@@ -74,6 +74,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "chip_score": chip.chip_score,
     "chip_latency": chip.chip_latency,
     "chip_score_images": chip.chip_score_images,
+    "chip_paper": chip.chip_paper,
 }
 
 SLOW = ("end_to_end_wide", *(name for name in BENCHMARKS if name.startswith("chip_")))

@@ -169,91 +169,32 @@ def chip_stages(bench: Bench) -> list[Row]:
     return rows
 
 
-def chip_search(bench: Bench) -> list[Row]:
-    """The bank of a tenth of the patches, searched for those of a batch, against the peak."""
-    size = min(batch_size(), 8)
-    images = varied(bench.dataset.test.images, size)
-    rows = []
-    for preset in ("default", "paper"):
-        config = _config(preset, num_images=len(_train(bench)))
-        described = inreach_jax.extract(
-            wide_backbone(), images, config=config, batch_size=batch_size()
-        ).first(size)
-        search = jax.jit(scoring.score_patches)
-        functions = {
-            way: functools.partial(search, _bank(bench, preset, way), described) for way in _WAYS
-        }
-        timed = bench.time(functions)
-        bank = _bank(bench, preset, "float32")
-        count, dim = int(bank.count), bank.rows.shape[1]
-        found = [timed.results[way] for way in _WAYS]
-        equal = float(jnp.mean(found[0][1] == found[1][1]))
-        apart = float(jnp.max(jnp.abs(found[0][0] - found[1][0])) / jnp.max(found[0][0]))
-        for way in _WAYS:
-            at = peak("bfloat16") if way != "float32" else _best_float32()
-            row = _share(
-                f"chip_search, {way}, {count:,} rows, D = {dim}, {size} images",
-                timed.seconds[way],
-                operations=2.0 * count * dim * size * described.shape[1],
-                at=at,
-            )
-            row["agreement"] = (
-                f"{equal:.4%} equal rows, distances within {apart:.0e} of the largest"
-            )
-            row["agrees"] = equal > 0.999 and apart < 1e-4
-            rows.append(row)
-    return rows
-
-
 def chip_fit(bench: Bench) -> list[Row]:
-    """Fitting a category of 249 images, after compilation."""
-    rows = []
-    for preset in ("default", "paper"):
-        _bank(bench, preset, "float32")  # compiles
-        fit = functools.partial(_fit, bench, preset)
-        timed = measure.interleaved({"ours": fit}, seconds=0, min_repeats=2, warm_up=False)
-        bank = timed.results["ours"]
-        name = f"chip_fit, {preset}, {len(_train(bench))} images, {int(bank.count):,} rows"
-        rows.append(compare(name, timed.seconds["ours"], "none"))
-    return rows
+    """Fitting a category of 249 images with the default, after compilation."""
+    return [_fitting(bench, "default")]
 
 
-def _score(bench: Bench, preset: str, way: str) -> tuple[Callable[[Any], Any], Any]:
-    config = _config(preset, num_images=len(_train(bench)))
-    score = jax.jit(inreach_jax.make_score_fn(wide_backbone(), config))
-    bank = _bank(bench, preset, way)
-    return (lambda images: score(wide_backbone().variables, bank, images)), config
+def chip_search(bench: Bench) -> list[Row]:
+    """The default's bank of a tenth of the patches, searched for a batch's, against the peak."""
+    return _searching(bench, "default")
 
 
 def chip_score(bench: Bench) -> list[Row]:
-    """Images to maps and scores, a batch at a time, with a bank of a tenth of the patches."""
-    size = batch_size()
-    images = varied(bench.dataset.test.images, size)
-    on_device = jnp.asarray(images)
-    rows = []
-    for preset, way in (
-        ("default", "bfloat16, proved"),
-        ("default", "float32"),
-        ("paper", "bfloat16, proved"),
-    ):
-        score, _ = _score(bench, preset, way)
-        timed = bench.time({"ours": functools.partial(score, on_device)})
-        name = f"chip_score, {preset}, {way}, {size} images at a time"
-        rows.append(compare(name, timed.seconds["ours"], "none", images=size))
-    return rows
-
-
-def _to_host(score: Callable[[Any], Any], image: np.ndarray) -> float:
-    return float(score(image).image[0])
+    """Images on the device to maps and scores, a batch at a time, with a tenth of the patches."""
+    return [_scoring(bench, "default", way) for way in reversed(_WAYS)]
 
 
 def chip_latency(bench: Bench) -> list[Row]:
     """One image in the host's memory to its score there, with a bank of a tenth of the patches."""
     image = varied(bench.dataset.test.images, 1)
+
+    def to_host(score: Callable[[Any], inreach_jax.Scores]) -> float:
+        return float(np.asarray(score(image).image)[0])
+
     rows = []
     for way in reversed(_WAYS):
-        score, _ = _score(bench, "default", way)
-        timed = bench.time({"ours": functools.partial(_to_host, score, image)})
+        score = functools.partial(to_host, _score_fn(bench, "default", way))
+        timed = bench.time({"ours": score})
         rows.append(compare(f"chip_latency, default, {way}", timed.seconds["ours"], "none"))
     return rows
 
@@ -274,3 +215,68 @@ def chip_score_images(bench: Bench) -> list[Row]:
     timed = bench.time({"ours": run})
     name = f"chip_score_images, default, bfloat16, proved, {size} images at a time"
     return [compare(name, timed.seconds["ours"], "none", images=len(images))]
+
+
+def chip_paper(bench: Bench) -> list[Row]:
+    """The paper preset: fitting 249 images, searching a tenth of their patches, scoring."""
+    scoring_rows = [_scoring(bench, "paper", "bfloat16, proved")]
+    return [_fitting(bench, "paper"), *_searching(bench, "paper"), *scoring_rows]
+
+
+def _fitting(bench: Bench, preset: str) -> Row:
+    bank = _bank(bench, preset, "float32")  # compiles
+    fit = functools.partial(_fit, bench, preset)
+    timed = measure.interleaved({"ours": fit}, seconds=0, min_repeats=2, warm_up=False)
+    return compare(
+        f"chip_fit, {preset}, {len(_train(bench))} images, {_described(bank)}",
+        timed.seconds["ours"],
+        "none",
+    )
+
+
+def _described(bank: inreach_jax.NominalBank) -> str:
+    span = "" if bank.span is None else f", span {int(bank.span)}"
+    return f"{int(bank.count):,} rows, D = {bank.rows.shape[1]}{span}"
+
+
+def _searching(bench: Bench, preset: str) -> list[Row]:
+    size = min(batch_size(), 8)
+    images = varied(bench.dataset.test.images, size)
+    config = _config(preset, num_images=len(_train(bench)))
+    described = inreach_jax.extract(
+        wide_backbone(), images, config=config, batch_size=batch_size()
+    ).first(size)
+    search = jax.jit(scoring.score_patches)
+    banks = {way: _bank(bench, preset, way) for way in _WAYS}
+    timed = bench.time(
+        {way: functools.partial(search, bank, described) for way, bank in banks.items()}
+    )
+    (plain, its_rows), (value, rows) = (timed.results[way] for way in _WAYS)
+    equal = float(jnp.mean(its_rows == rows))
+    apart = float(jnp.max(jnp.abs(plain - value)) / jnp.max(plain))
+    found = []
+    for way, bank in banks.items():
+        row = _share(
+            f"chip_search, {preset}, {way}, {_described(bank)}, {size} images",
+            timed.seconds[way],
+            operations=2.0 * bank.rows.size * size * described.shape[1],
+            at=_best_float32() if way == "float32" else peak("bfloat16"),
+        )
+        row["agreement"] = f"{equal:.4%} equal rows, distances within {apart:.0e} of the largest"
+        row["agrees"] = equal > 0.999 and apart < 1e-4
+        found.append(row)
+    return found
+
+
+def _score_fn(bench: Bench, preset: str, way: str) -> Callable[[Any], inreach_jax.Scores]:
+    config = _config(preset, num_images=len(_train(bench)))
+    score = jax.jit(inreach_jax.make_score_fn(wide_backbone(), config))
+    return functools.partial(score, wide_backbone().variables, _bank(bench, preset, way))
+
+
+def _scoring(bench: Bench, preset: str, way: str) -> Row:
+    size = batch_size()
+    images = jnp.asarray(varied(bench.dataset.test.images, size))
+    timed = bench.time({"ours": functools.partial(_score_fn(bench, preset, way), images)})
+    name = f"chip_score, {preset}, {way}, {size} images at a time"
+    return compare(name, timed.seconds["ours"], "none", images=size)
