@@ -273,7 +273,9 @@ def greedy_k_centre(
         distance, jnp.broadcast_to(origin, (_CENTRES, points.shape[1])), jnp.arange(_CENTRES) < 1
     )
     out = is_first if valid is None else is_first | ~valid
-    distance = distance.at[:num].set(jnp.where(out, -jnp.inf, distance[:num]))
+    # Not `distance.at[:num].set`: jaxlib 0.11 does not survive compiling that for two CPU devices.
+    out = jnp.pad(out, (0, len(distance) - num), constant_values=True)
+    distance = jnp.where(out, -jnp.inf, distance)
     # Of the same kind as what the loop makes of them, whatever mesh axes that varies over.
     one = jnp.ones_like(distance[0], dtype=jnp.int32)
     chosen = jnp.zeros_like(distance, dtype=jnp.int32, shape=count).at[0].set(start)
