@@ -13,10 +13,13 @@ precision, which on TPUs is six passes of bfloat16, made in the same way.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 _LOST = 13
 """Bits of float32's mantissa that TF32 does not have."""
@@ -79,11 +82,14 @@ def dot(
     Returns:
       float32: the other axes of a, then those of b.
     """
-    contract = (((a.ndim - 1,), (axis,)), ((), ()))
-    if precision == lax.Precision.HIGHEST and in_three_passes():
-        a, b = _three_passes(a, b, axis=axis)
-        precision = lax.Precision.DEFAULT
-    return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=jnp.float32)
+
+    def product(a: jax.Array, b: jax.Array, precision: lax.Precision) -> jax.Array:
+        contract = (((a.ndim - 1,), (axis,)), ((), ()))
+        return lax.dot_general(
+            a, b, contract, precision=precision, preferred_element_type=jnp.float32
+        )
+
+    return _multiplied(product, a, b, axis=axis, precision=precision)
 
 
 def conv(
@@ -106,17 +112,49 @@ def conv(
     Returns:
       [B, H', W', outputs] float32.
     """
-    if precision == lax.Precision.HIGHEST and in_three_passes():
-        x, kernel = _three_passes(x, kernel, axis=2)
-        precision = lax.Precision.DEFAULT
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
+
+    def product(x: jax.Array, kernel: jax.Array, precision: lax.Precision) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
+        )
+
+    return _multiplied(product, x, kernel, axis=2, precision=precision)
+
+
+_Product = Callable[[jax.Array, jax.Array, lax.Precision], jax.Array]
+
+
+def _multiplied(
+    product: _Product, a: jax.Array, b: jax.Array, *, axis: int, precision: lax.Precision
+) -> jax.Array:
+    """A product over the last axis of a and one of b, in three passes where these are better."""
+    # Narrower types are exact in one.
+    whole = a.dtype == b.dtype == jnp.float32
+    if precision != lax.Precision.HIGHEST or not whole or not in_three_passes():
+        return product(a, b, precision)
+
+    @jax.custom_jvp
+    def passes(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product(*_three_passes(a, b, axis=axis), lax.Precision.DEFAULT)
+
+    def derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> Any:
+        (a, b), (of_a, of_b) = primals, tangents
+        out = passes(a, b)
+        total = jnp.zeros_like(out)
+        if not isinstance(of_a, SymbolicZero):
+            total += product(of_a, b, lax.Precision.HIGHEST)
+        if not isinstance(of_b, SymbolicZero):
+            total += product(a, of_b, lax.Precision.HIGHEST)
+        return out, total
+
+    # The bits that `split` moves have no gradient: through it, it would be that of TF32.
+    passes.defjvp(derivative, symbolic_zeros=True)
+    return passes(a, b)
 
 
 def _three_passes(a: jax.Array, b: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:

@@ -114,6 +114,7 @@ def nearest(
       As `pruning.nearest`.
     """
     queries, rows, heads = lax.stop_gradient((queries, rows, heads))
+    sizes = dataclasses.replace(sizes, rows=min(sizes.rows, rows.shape[0]))
     label, row_label = (None, None) if labels is None else labels
     short, norm, loose = heads
     search = Search(
