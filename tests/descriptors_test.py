@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from inreach_jax import descriptors as descriptors_lib
+from inreach_jax import products
 from tests import oracle
 
 Array = np.ndarray[Any, Any]
@@ -106,6 +107,52 @@ def test_linear() -> None:
     # Scaling by two is exact in floating point, so this is too.
     doubled = _describe([2 * x for x in levels], level_dim=7, descriptor_dim=9)
     np.testing.assert_array_equal(doubled, 2 * np.asarray(out))
+
+
+@pytest.mark.parametrize(
+    "shapes, level_dim, descriptor_dim",
+    [
+        (ONE, None, 1024),
+        (ONE, 50, 17),
+        (TWO, None, 13),
+        (TWO, 20, 11),
+        (ODD, None, 9),
+        (ODD, 12, 31),
+        (ODD, 1, 3),
+        (FINER_LATER, 8, 6),
+    ],
+)
+def test_accelerators_multiply_once_for_the_same(
+    shapes: list[Shape], level_dim: int | None, descriptor_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = _levels(shapes)
+    options: dict[str, Any] = {"level_dim": level_dim, "descriptor_dim": descriptor_dim}
+    expected = _describe(levels, **options)
+    monkeypatch.setattr(products, "on_accelerator", lambda: True)
+    for passes in (False, True):
+        monkeypatch.setattr(products, "in_three_passes", lambda: passes)  # noqa: B023
+        describe = jax.jit(lambda levels: descriptors_lib.describe(levels, **options))
+        assert "conv_general_dilated" not in str(jax.make_jaxpr(describe)(levels))
+        out = describe(levels)
+        assert out.shape == expected.shape
+        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_gradients_on_accelerators_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = _levels(TWO)
+
+    def gradients() -> Any:
+        def total(levels: list[jax.Array]) -> jax.Array:
+            out = descriptors_lib.describe(levels, level_dim=7, descriptor_dim=9)
+            return jnp.sum(out * jnp.cos(out))
+
+        return jax.jit(jax.grad(total))(levels)
+
+    expected = gradients()
+    monkeypatch.setattr(products, "on_accelerator", lambda: True)
+    monkeypatch.setattr(products, "in_three_passes", lambda: True)
+    for found, want in zip(gradients(), expected, strict=True):
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("shapes", [[], [(4, 4, 3)], [(1, 4, 4, 3), (4, 4, 3)]])

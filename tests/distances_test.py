@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from inreach_jax import distances
+from inreach_jax import distances, products
 from tests import oracle
 
 Array = np.ndarray[Any, Any]
@@ -451,6 +451,58 @@ def test_shapes_are_checked(names: tuple[str, str], function: Callable[..., Any]
             function(x, x, centre=centre)
     with pytest.raises(ValueError, match="^tile must be >= 1; got 0"):
         function(x, x, tile=0)
+
+
+# Tiles.
+
+
+def test_tiles_of_a_cpu_are_small() -> None:
+    for num_queries in (1, 512, 10**9):
+        assert distances.default_tile(num_queries) == 512
+
+
+def test_tiles_of_an_accelerator_are_of_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "on_accelerator", lambda: True)
+    for num_queries in (1, 100, 3136, 2**17 - 1):
+        tile = distances.default_tile(num_queries)
+        assert tile * num_queries * 4 <= 2**28 < (tile + 1) * num_queries * 4
+        assert tile >= 512
+    for num_queries in (2**17, 10**9):
+        assert distances.default_tile(num_queries) == 512
+    (symbol,) = jax.export.symbolic_shape("b")
+    for size in (symbol, 784 * symbol):
+        assert distances.default_tile(size) == 512
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_tiles_of_an_accelerator_make_no_difference(
+    passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, rows = _random(30, 12), _random(1300, 12, seed=1)  # three tiles of a CPU
+    rows[700:800], rows[600] = rows[:100], queries[7]  # ties
+    label = np.arange(1300, dtype=np.int32) % 3
+
+    def search() -> Any:
+        def both(queries: jax.Array, rows: jax.Array) -> Any:
+            labels = jnp.zeros(30, jnp.int32), jnp.asarray(label)
+            return (
+                distances.nearest(queries, rows),
+                distances.nearest(queries, rows, labels=labels),
+                distances.mutual_nearest(rows, queries),
+            )
+
+        return jax.jit(both)(queries, rows)
+
+    (value, index), (of_others, other), mutual = search()
+    monkeypatch.setattr(products, "on_accelerator", lambda: True)
+    monkeypatch.setattr(products, "in_three_passes", lambda: passes)
+    found = search()
+    np.testing.assert_array_equal(found[0][1], index)
+    np.testing.assert_array_equal(found[1][1], other)
+    jax.tree.map(np.testing.assert_array_equal, found[2], mutual)
+    np.testing.assert_allclose(found[0][0], value, rtol=1e-6)
+    np.testing.assert_allclose(found[1][0], of_others, rtol=1e-6)
+    np.testing.assert_array_equal(index, oracle.nearest(queries, rows)[0])
 
 
 @pytest.mark.parametrize("shape", [(4,), (1,), (3, 1), ()])

@@ -16,7 +16,7 @@ import inreach_jax
 from inreach_jax import bank as bank_lib
 from inreach_jax import distances, pruning, scoring, sharding, support
 from inreach_jax.types import NominalBank
-from tests import oracle
+from tests import neighbours, oracle
 
 Array = np.ndarray[Any, Any]
 
@@ -31,14 +31,6 @@ _make_heads = jax.jit(pruning.make_heads, static_argnames="precision")
 _search = jax.jit(pruning.nearest, static_argnames=("per_image", "num", "same_image", "sizes"))
 _plain = jax.jit(distances.nearest)
 _score_patches = jax.jit(scoring.score_patches)
-
-
-def _features(*shape: int, seed: int = 0) -> Array:
-    """Like descriptors: a few directions have most of the variance."""
-    dim = shape[-1]
-    mix = np.random.default_rng(99).standard_normal((dim, dim))
-    mix *= np.exp(-np.arange(dim) / 5)[:, None]
-    return (np.random.default_rng(seed).standard_normal(shape) @ mix).astype(np.float32)
 
 
 def _nearest(
@@ -67,7 +59,10 @@ def _nearest(
 def test_equals_the_oracle(
     num_queries: int, num_rows: int, dim: int, dims: int, precision: lax.Precision
 ) -> None:
-    queries, rows = _features(num_queries, dim), _features(num_rows, dim, seed=1)
+    queries, rows = (
+        neighbours.features(num_queries, dim),
+        neighbours.features(num_rows, dim, seed=1),
+    )
     value, row, proved = _nearest(queries, rows, dims=dims, precision=precision)
     expected_row, expected = oracle.nearest(queries, rows)
     assert value.dtype == np.float32
@@ -96,7 +91,7 @@ def test_descriptors_of_an_image(golden: Any, precision: lax.Precision) -> None:
 def test_heads_are_never_farther_apart_than_rows(
     dims: int, scale: float, precision: lax.Precision
 ) -> None:
-    rows = np.float32(scale) * _features(80, 16)
+    rows = np.float32(scale) * neighbours.features(80, 16)
     rows[40:] += 30 * np.float32(scale)  # not centred, and rests that hardly differ
     basis = _make_basis(rows, dims=dims)
     heads, norm, loose = map(np.asarray, _make_heads(rows, basis, precision=precision))
@@ -113,7 +108,7 @@ def test_heads_are_never_farther_apart_than_rows(
 
 
 def test_a_basis_stretches_nothing() -> None:
-    rows = _features(300, 130)
+    rows = neighbours.features(300, 130)
     basis = np.asarray(_make_basis(rows, dims=40), np.float64)
     assert basis.shape == (130, 40)
     stretch = np.linalg.svd(basis, compute_uv=False)
@@ -126,8 +121,10 @@ def test_a_basis_stretches_nothing() -> None:
 @pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
 def test_lowest_index_on_ties(precision: lax.Precision) -> None:
     rng = np.random.default_rng(2)
-    rows = np.abs(_features(40, 20))[rng.integers(0, 40, 230)]
-    queries = np.concatenate([rows[rng.integers(0, 230, 20)], np.abs(_features(40, 20, seed=3))])
+    rows = np.abs(neighbours.features(40, 20))[rng.integers(0, 40, 230)]
+    queries = np.concatenate(
+        [rows[rng.integers(0, 230, 20)], np.abs(neighbours.features(40, 20, seed=3))]
+    )
     expected, _ = oracle.nearest(queries, rows)
     value, row, proved = _nearest(queries, rows, dims=7, precision=precision)
     np.testing.assert_array_equal(row[:, 0], expected)
@@ -136,11 +133,11 @@ def test_lowest_index_on_ties(precision: lax.Precision) -> None:
 
 
 def test_rows_that_are_all_the_same_are_searched_in_full() -> None:
-    rows = np.repeat(_features(1, 20), 230, axis=0)
-    value, row, proved = _nearest(_features(60, 20, seed=1), rows, dims=7)
+    rows = np.repeat(neighbours.features(1, 20), 230, axis=0)
+    value, row, proved = _nearest(neighbours.features(60, 20, seed=1), rows, dims=7)
     assert not proved.any()  # every block may hold the nearest row, and there are more than 12
     np.testing.assert_array_equal(row, np.zeros((60, 1)))
-    expected = ((_features(60, 20, seed=1).astype(np.float64) - rows[0]) ** 2).sum(axis=1)
+    expected = ((neighbours.features(60, 20, seed=1).astype(np.float64) - rows[0]) ** 2).sum(axis=1)
     np.testing.assert_allclose(value[:, 0], expected, rtol=1e-5)
 
 
@@ -159,8 +156,8 @@ def test_what_bounds_cannot_prove_is_searched_in_full() -> None:
 
 
 def test_with_and_without_proof_in_one_call() -> None:
-    rows = _features(230, 20)
-    easy = rows[::5][:40] + 1e-3 * _features(40, 20, seed=1)
+    rows = neighbours.features(230, 20)
+    easy = rows[::5][:40] + 1e-3 * neighbours.features(40, 20, seed=1)
     hard = 3 * np.random.default_rng(0).standard_normal((20, 20)).astype(np.float32)
     queries = np.concatenate([easy, hard])[np.random.default_rng(1).permutation(60)]
     _, row, proved = _nearest(queries, rows, dims=7)
@@ -170,7 +167,7 @@ def test_with_and_without_proof_in_one_call() -> None:
 
 @pytest.mark.parametrize("garbage", [None, np.nan, np.inf, 1e30])
 def test_rows_that_are_not_valid_are_never_a_neighbour(garbage: float | None) -> None:
-    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    queries, rows = neighbours.features(60, 20), neighbours.features(230, 20, seed=1)
     valid = np.random.default_rng(0).random(230) < 0.4
     expected_row, expected = oracle.nearest(queries, rows[valid])
     rows[~valid] = queries[0]  # as near as can be
@@ -184,7 +181,10 @@ def test_rows_that_are_not_valid_are_never_a_neighbour(garbage: float | None) ->
 
 def test_no_valid_row() -> None:
     value, row, proved = _nearest(
-        _features(60, 20), _features(230, 20, seed=1), dims=7, valid=np.zeros(230, bool)
+        neighbours.features(60, 20),
+        neighbours.features(230, 20, seed=1),
+        dims=7,
+        valid=np.zeros(230, bool),
     )
     np.testing.assert_array_equal(value, np.full((60, 1), np.inf))
     np.testing.assert_array_equal(row, np.zeros((60, 1)))
@@ -193,7 +193,7 @@ def test_no_valid_row() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_what_is_not_finite_is_never_proved(value: float) -> None:
-    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    queries, rows = neighbours.features(60, 20), neighbours.features(230, 20, seed=1)
     expected = _nearest(queries, rows, dims=7)
     queries[4, 2] = value
     found = _nearest(queries, rows, dims=7)
@@ -205,14 +205,14 @@ def test_what_is_not_finite_is_never_proved(value: float) -> None:
     assert found[2][others].mean() > 0.5
 
     rows[17, 1] = value  # and the same of a row hides nothing either
-    found = _nearest(_features(60, 20), rows, dims=7)
+    found = _nearest(neighbours.features(60, 20), rows, dims=7)
     assert not found[2].any()
     if np.isnan(value):
         assert np.isnan(found[0]).all()
 
 
 def test_labels() -> None:
-    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    queries, rows = neighbours.features(60, 20), neighbours.features(230, 20, seed=1)
     rng = np.random.default_rng(0)
     of_query, of_row = rng.integers(0, 4, 60), rng.integers(0, 3, 230)
     labels = of_query.astype(np.int32), of_row.astype(np.int32)
@@ -224,7 +224,7 @@ def test_labels() -> None:
 
 
 def test_sizes_make_no_difference() -> None:
-    queries, rows = _features(60, 20), _features(230, 20, seed=1)
+    queries, rows = neighbours.features(60, 20), neighbours.features(230, 20, seed=1)
     expected = _nearest(queries, rows, dims=7)
     for sizes in (
         pruning.Sizes(),
@@ -236,7 +236,7 @@ def test_sizes_make_no_difference() -> None:
 
 
 def test_vmap() -> None:
-    queries, rows = _features(2, 20, 12), _features(2, 90, 12, seed=1)
+    queries, rows = neighbours.features(2, 20, 12), neighbours.features(2, 90, 12, seed=1)
 
     @jax.jit
     @jax.vmap
@@ -254,31 +254,6 @@ def test_vmap() -> None:
 # Images.
 
 
-def _by_images(rows: Array, queries: Array, *, span: int, share: float) -> tuple[Array, Array]:
-    """Row and squared distance that complete the span: see `support.spread_at`."""
-    each = ((queries[:, None, None].astype(np.float64) - rows[None]) ** 2).sum(axis=-1)
-    row = each.argmin(axis=2) + np.arange(rows.shape[0]) * rows.shape[1]
-    nearest = each.min(axis=2)
-    order = np.argsort(nearest, axis=1, kind="stable")
-    ranked = np.take_along_axis(nearest, order, axis=1)
-    place = np.where(ranked[:, 0] < share**2 * ranked[:, 1], span, span - 1)[:, None]
-    image = np.take_along_axis(order, place, axis=1)
-    return (
-        np.take_along_axis(row, image, axis=1)[:, 0],
-        np.take_along_axis(ranked, place, axis=1)[:, 0],
-    )
-
-
-def _copies(rows: Array) -> Array:
-    """Queries of which some stand in an image, some almost, and some are in between."""
-    num = rows.shape[0] * rows.shape[1]
-    flat = rows.reshape(num, -1)
-    rng = np.random.default_rng(5)
-    picked = flat[rng.integers(0, num, 60)]
-    noise = _features(60, rows.shape[2], seed=6)
-    return picked + np.repeat([0, 0.02, 0.1, 0.3], 15)[:, None].astype(np.float32) * noise
-
-
 @pytest.mark.parametrize(
     "span, per_image, precision",  # 11: blocks hold rows of two images
     [
@@ -288,8 +263,8 @@ def _copies(rows: Array) -> Array:
     ],
 )
 def test_images_equal_the_oracle(span: int, per_image: int, precision: lax.Precision) -> None:
-    rows = _features(14, per_image, 20)
-    queries = _copies(rows)
+    rows = neighbours.features(14, per_image, 20)
+    queries = neighbours.copies(rows)
     value, row, proved = _nearest(
         queries,
         rows.reshape(-1, 20),
@@ -300,7 +275,7 @@ def test_images_equal_the_oracle(span: int, per_image: int, precision: lax.Preci
         span=np.int32(span),
         same_image=1 / 3,
     )
-    expected_row, expected = _by_images(rows, queries, span=span, share=1 / 3)
+    expected_row, expected = neighbours.by_images(rows, queries, span=span, share=1 / 3)
     same = value[:, 0] < value[:, 1] / 9
     assert 10 < same.sum() < 55  # both cases are there, and decided right
     place = np.where(same, span, span - 1)[:, None]
@@ -310,28 +285,32 @@ def test_images_equal_the_oracle(span: int, per_image: int, precision: lax.Preci
 
 
 def test_images_without_a_span_are_all_proved() -> None:
-    rows = _features(14, 11, 20)
-    value, row, proved = _nearest(_copies(rows), rows.reshape(-1, 20), dims=8, per_image=11, num=3)
+    rows = neighbours.features(14, 11, 20)
+    value, row, proved = _nearest(
+        neighbours.copies(rows), rows.reshape(-1, 20), dims=8, per_image=11, num=3
+    )
     assert proved.mean() > 0.3
     for place in range(3):
-        expected_row, expected = _by_images(rows, _copies(rows), span=place + 1, share=0)
+        expected_row, expected = neighbours.by_images(
+            rows, neighbours.copies(rows), span=place + 1, share=0
+        )
         np.testing.assert_array_equal(row[:, place], expected_row)
         np.testing.assert_allclose(value[:, place], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_images_that_are_copies() -> None:
-    rows = np.tile(_features(1, 11, 20), (14, 1, 1))
-    queries = np.concatenate([rows[0], _features(49, 20, seed=1)])
+    rows = np.tile(neighbours.features(1, 11, 20), (14, 1, 1))
+    queries = np.concatenate([rows[0], neighbours.features(49, 20, seed=1)])
     _, row, _ = _nearest(queries, rows.reshape(-1, 20), dims=8, per_image=11, num=3)
     for place in range(3):
-        expected_row, _ = _by_images(rows, queries, span=place + 1, share=0)
+        expected_row, _ = neighbours.by_images(rows, queries, span=place + 1, share=0)
         np.testing.assert_array_equal(row[:, place], expected_row)
 
 
 def test_fewer_images_than_are_asked_for() -> None:
-    rows = _features(2, 11, 20)
+    rows = neighbours.features(2, 11, 20)
     value, row, proved = _nearest(
-        _features(60, 20, seed=1), rows.reshape(-1, 20), dims=8, per_image=11, num=3
+        neighbours.features(60, 20, seed=1), rows.reshape(-1, 20), dims=8, per_image=11, num=3
     )
     assert np.isfinite(value[:, :2]).all()
     np.testing.assert_array_equal(value[:, 2], np.full(60, np.inf))
@@ -341,24 +320,10 @@ def test_fewer_images_than_are_asked_for() -> None:
 
 # Banks.
 
-IMAGES, PER_IMAGE, DIM = 12, 16, 20
 
-
-def _bank(span: int | None, *, capacity: int = IMAGES * PER_IMAGE) -> NominalBank:
-    rows = np.zeros((capacity, DIM), np.float32)
-    rows[: IMAGES * PER_IMAGE] = 7 + _features(IMAGES * PER_IMAGE, DIM)
-    multiplicity = np.ones((IMAGES, PER_IMAGE), np.int32)
-    return bank_lib.make_bank(jnp.asarray(rows), multiplicity=multiplicity, span=span)
-
-
-def _unseen() -> Array:
-    """[4, 15, D]: more than a call finds proof for, some of it copies."""
-    rows = (7 + _features(IMAGES * PER_IMAGE, DIM)).reshape(IMAGES, PER_IMAGE, DIM)
-    return _copies(rows).reshape(4, 15, DIM)
-
-
-def _training() -> Array:
-    return 7 + _features(IMAGES * PER_IMAGE, DIM).reshape(IMAGES, PER_IMAGE, DIM)
+HEADS: dict[str, Any] = {"by": "heads", "dims": 7}
+ROWS: dict[str, Any] = {"by": "rows"}
+by_either = pytest.mark.parametrize("options", [HEADS, ROWS], ids=["heads", "rows"])
 
 
 def _same(found: Any, expected: Any) -> None:
@@ -367,40 +332,49 @@ def _same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "span, precision",
+    "span, options",
     [
-        (None, FAST),
-        (1, lax.Precision.HIGHEST),
-        (3, FAST),
+        (None, {"precision": FAST, **HEADS}),
+        (1, HEADS),
+        (3, {"precision": FAST, **HEADS}),
+        (None, ROWS),
+        (1, ROWS),
+        (3, ROWS),
     ],
 )
-def test_a_bank_with_an_index_scores_the_same(span: int | None, precision: lax.Precision) -> None:
-    bank = _bank(span, capacity=(IMAGES + 4) * PER_IMAGE)  # padding
-    indexed = inreach_jax.index_bank(bank, dims=7, precision=precision)
+def test_a_bank_with_an_index_scores_the_same(span: int | None, options: dict[str, Any]) -> None:
+    bank = neighbours.bank(span, capacity=(neighbours.IMAGES + 4) * neighbours.PER_IMAGE)  # padding
+    indexed = inreach_jax.index_bank(bank, **options)
     assert indexed.index is not None
-    assert indexed.index.heads.shape == (len(bank.rows), 8)
-    images = np.concatenate([_unseen(), _training()[:, :15]])
-    exclude = np.concatenate([[-1] * 4, np.arange(IMAGES)]).astype(np.int32)
+    width = {"heads": 8, "rows": 32}[options["by"]]  # D is 20, and zeros
+    assert indexed.index.heads.shape == (len(bank.rows), width)
+    images = np.concatenate([neighbours.unseen(), neighbours.training()[:, :15]])
+    exclude = np.concatenate([[-1] * 4, np.arange(neighbours.IMAGES)]).astype(np.int32)
     found = _score_patches(indexed, images, exclude=exclude)
     _same(found, _score_patches(bank, images, exclude=exclude))
     assert (np.asarray(bank.image)[np.asarray(found[1])] != exclude[:, None]).all()
 
 
-def test_the_index_is_what_is_searched() -> None:
-    # With heads of other rows the answer is another: it does come from them.
-    bank = inreach_jax.index_bank(_bank(None), dims=19)
+@pytest.mark.parametrize("options", [{"dims": 19}, ROWS], ids=["heads", "rows"])
+def test_the_index_is_what_is_searched(options: dict[str, Any]) -> None:
+    # Where heads say that half of the rows are far away, the answer is another: it comes from them.
+    bank = inreach_jax.index_bank(neighbours.bank(None), **options)
     assert bank.index is not None
+    num, width = bank.index.heads.shape
+    odd = jnp.arange(num, dtype=jnp.int32) % 2 == 1
     moved = dataclasses.replace(
-        bank.index, heads=bank.index.heads[::-1], norm=bank.index.norm[::-1]
+        bank.index,
+        heads=jnp.where(odd[:, None], 30, bank.index.heads),
+        norm=jnp.where(odd, 900 * width, bank.index.norm),
     )
-    wrong = _score_patches(dataclasses.replace(bank, index=moved), _unseen())
-    assert (np.asarray(wrong[1]) != np.asarray(_score_patches(bank, _unseen())[1])).any()
+    wrong = _score_patches(dataclasses.replace(bank, index=moved), neighbours.unseen())
+    assert (np.asarray(wrong[1]) != np.asarray(_score_patches(bank, neighbours.unseen())[1])).any()
 
 
 def test_default_dimensions() -> None:
-    bank = inreach_jax.index_bank(_bank(1))
+    bank = inreach_jax.index_bank(neighbours.bank(1))
     assert bank.index is not None
-    assert bank.index.basis.shape == (DIM, DIM)
+    assert bank.index.basis.shape == (neighbours.DIM, neighbours.DIM)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +394,7 @@ def test_as_many_directions_as_leave_little(variance: Array, expected: int) -> N
 
 
 def test_variances_are_those_of_the_rows() -> None:
-    rows = _features(300, 20)
+    rows = neighbours.features(300, 20)
     rows[5, 3] = np.nan  # does not count
     found = np.asarray(jax.jit(pruning.variances)(rows))
     clean = np.nan_to_num(rows.astype(np.float64))
@@ -428,21 +402,35 @@ def test_variances_are_those_of_the_rows() -> None:
     np.testing.assert_allclose(found / found[0], expected / expected[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("span, kind", [(None, AxisType.Explicit), (2, AxisType.Auto)])
-def test_a_mesh_changes_nothing(span: int | None, kind: AxisType) -> None:
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    bank = _bank(span)
+@pytest.mark.parametrize(
+    "span, kind, num, options",
+    [
+        (None, AxisType.Explicit, 8, HEADS),
+        (2, AxisType.Auto, 8, HEADS),
+        (None, AxisType.Explicit, 8, ROWS),
+        (2, AxisType.Auto, 8, ROWS),
+        (2, AxisType.Explicit, 4, ROWS),
+        (None, AxisType.Auto, 2, ROWS),
+    ],
+)
+def test_a_mesh_changes_nothing(
+    span: int | None, kind: AxisType, num: int, options: dict[str, Any]
+) -> None:
+    mesh = jax.make_mesh((num,), ("x",), axis_types=(kind,), devices=jax.devices()[:num])
+    bank = neighbours.bank(span)
     sharded = scoring.shard_bank(bank, mesh=mesh)
-    late = scoring.shard_bank(inreach_jax.index_bank(bank, dims=7), mesh=mesh)
-    soon = inreach_jax.index_bank(sharded, dims=7, mesh=mesh)
+    late = scoring.shard_bank(inreach_jax.index_bank(bank, **options), mesh=mesh)
+    soon = inreach_jax.index_bank(sharded, mesh=mesh, **options)
     assert soon.index is not None
-    usual, at_once = inreach_jax.index_bank(sharded, mesh=mesh), inreach_jax.index_bank(bank)
-    assert usual.index is not None
-    assert at_once.index is not None
-    assert usual.index.basis.shape == at_once.index.basis.shape
-    num = sharded.rows.shape[0]
-    assert [x.data.shape for x in soon.index.heads.addressable_shards] == [(num // 8, 8)] * 8
-    queries = np.concatenate([_unseen(), _unseen()])
+    if options["by"] == "heads":
+        usual, at_once = inreach_jax.index_bank(sharded, mesh=mesh), inreach_jax.index_bank(bank)
+        assert usual.index is not None
+        assert at_once.index is not None
+        assert usual.index.basis.shape == at_once.index.basis.shape
+    num_rows, width = sharded.rows.shape[0], {"heads": 8, "rows": 32}[options["by"]]
+    shapes = [x.data.shape for x in soon.index.heads.addressable_shards]
+    assert shapes == [(num_rows // num, width)] * num
+    queries = np.concatenate([neighbours.unseen(), neighbours.unseen()])
     exclude = np.array([3, 0, -1, 5, 11, 2, 2, 7], np.int32)
 
     @jax.jit
@@ -464,8 +452,9 @@ def _exclude(bank: NominalBank, queries: Any, exclude: Any, *, axes: sharding.Ax
     return scoring.score_patches(bank, queries, exclude=exclude, axes=axes)
 
 
-def test_gradient() -> None:
-    bank = _bank(2)
+@by_either
+def test_gradient(options: dict[str, Any]) -> None:
+    bank = neighbours.bank(2)
 
     def gradients(bank: NominalBank) -> Any:
         def total(rows: jax.Array, centre: jax.Array, queries: jax.Array) -> jax.Array:
@@ -473,52 +462,62 @@ def test_gradient() -> None:
             return jnp.sum(scoring.score_patches(moved, queries)[0])
 
         of = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-        return of(bank.rows, bank.centre, jnp.asarray(_unseen()))
+        return of(bank.rows, bank.centre, jnp.asarray(neighbours.unseen()))
 
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
-        gradients(inreach_jax.index_bank(bank, dims=7)),
+        gradients(inreach_jax.index_bank(bank, **options)),
         gradients(bank),
     )
 
 
+@by_either
 @pytest.mark.parametrize("span", [None, 1])
-def test_nan_shows(span: int | None) -> None:
-    queries = _unseen()
+def test_nan_shows(span: int | None, options: dict[str, Any]) -> None:
+    queries = neighbours.unseen()
     queries[1, 3, 0] = np.nan
-    value, _ = _score_patches(inreach_jax.index_bank(_bank(span), dims=7), queries)
+    value, _ = _score_patches(inreach_jax.index_bank(neighbours.bank(span), **options), queries)
     assert np.isnan(value).sum() == 1
-    bank = _bank(span)
+    bank = neighbours.bank(span)
     bank = dataclasses.replace(bank, rows=bank.rows.at[30, 2].set(jnp.nan))
-    value, _ = _score_patches(inreach_jax.index_bank(bank, dims=7), _unseen())
+    value, _ = _score_patches(inreach_jax.index_bank(bank, **options), neighbours.unseen())
     assert np.isnan(value).all()
 
 
-def test_an_index_of_another_span_gives_no_answer() -> None:
-    bank = inreach_jax.index_bank(_bank(1), dims=7)
-    value, _ = _score_patches(dataclasses.replace(bank, span=jnp.int32(2)), _unseen())
+@by_either
+def test_an_index_of_another_span_gives_no_answer(options: dict[str, Any]) -> None:
+    bank = inreach_jax.index_bank(neighbours.bank(1), **options)
+    value, _ = _score_patches(dataclasses.replace(bank, span=jnp.int32(2)), neighbours.unseen())
     assert np.isnan(value).all()
 
 
-def test_large_spans_are_searched_plainly() -> None:
-    rows = jnp.asarray(_features(20 * 4, DIM))
+@by_either
+def test_large_spans_are_searched_plainly(options: dict[str, Any]) -> None:
+    rows = jnp.asarray(neighbours.features(20 * 4, neighbours.DIM))
     bank = bank_lib.make_bank(rows, multiplicity=np.ones((20, 4), np.int32), span=4)
-    assert inreach_jax.index_bank(bank).index is None
+    assert inreach_jax.index_bank(bank, **options).index is None
     assert support.span_limit(num_images=20) > bank_lib.LARGEST_SPAN
 
 
 def test_what_does_not_fit_is_named() -> None:
-    for dims in (0, DIM + 1):
-        with pytest.raises(ValueError, match=rf"dims must be in \[1, {DIM}\].*; got {dims}"):
-            inreach_jax.index_bank(_bank(None), dims=dims)
-        with pytest.raises(ValueError, match=rf"dims must be in \[1, {DIM}\].*; got {dims}"):
-            pruning.make_basis(_bank(None).rows, dims=dims)
+    for dims in (0, neighbours.DIM + 1):
+        with pytest.raises(
+            ValueError, match=rf"dims must be in \[1, {neighbours.DIM}\].*; got {dims}"
+        ):
+            inreach_jax.index_bank(neighbours.bank(None), dims=dims)
+        with pytest.raises(
+            ValueError, match=rf"dims must be in \[1, {neighbours.DIM}\].*; got {dims}"
+        ):
+            pruning.make_basis(neighbours.bank(None).rows, dims=dims)
+    by: Any = "columns"
+    with pytest.raises(ValueError, match="by must be 'heads' or 'rows'; got 'columns'"):
+        inreach_jax.index_bank(neighbours.bank(None), by=by)
     mesh = jax.make_mesh((7,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
     with pytest.raises(ValueError, match="divide by the 7 devices of the mesh; got 192"):
-        inreach_jax.index_bank(_bank(None), mesh=mesh)
+        inreach_jax.index_bank(neighbours.bank(None), mesh=mesh)
     indexed: Callable[[NominalBank], Any] = jax.jit(inreach_jax.index_bank)
     with pytest.raises(ValueError, match="bank must not be traced"):
-        indexed(_bank(None))
+        indexed(neighbours.bank(None))
 
 
 # Both ways.
@@ -526,7 +525,7 @@ def test_what_does_not_fit_is_named() -> None:
 
 @pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, FAST])
 def test_both_ways_equal_the_oracle(precision: lax.Precision) -> None:
-    a, b = _features(91, 20), _features(70, 20, seed=1)
+    a, b = neighbours.features(91, 20), neighbours.features(70, 20, seed=1)
     b[40:50], a[3] = b[10:20], b[12]  # ties
     hard = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
     a[-12:] = 3 * hard

@@ -9,16 +9,19 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from jax import lax
+from jax.sharding import AxisType
 
 import inreach_jax
 from experiments import progress, runner
 from inreach_jax import bank as bank_lib
 from inreach_jax import images as images_lib
+from inreach_jax import products
 from inreach_jax.datasets import Dataset, Split, make_demo
 from tests import binary, tiny
 
@@ -124,6 +127,25 @@ def test_large_banks_are_searched_with_an_index(
     short = precision == lax.Precision.DEFAULT
     assert searched.index.heads.dtype == (jnp.bfloat16 if short else jnp.float32)
     np.testing.assert_array_equal(searched.rows, bank.rows)
+
+
+def test_accelerators_search_by_rows_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(1024, 6)).astype(np.float32)
+    bank = bank_lib.make_bank(rows, multiplicity=np.ones((32, 32), np.int32))
+    monkeypatch.setattr(products, "on_accelerator", lambda: True)
+    for precision in (lax.Precision.HIGHEST, lax.Precision.DEFAULT):
+        assert runner.for_search(bank, precision=precision) is bank  # too few rows
+    monkeypatch.setattr(runner, "_INDEXED_ROWS", 1024)
+    assert runner.for_search(bank, precision=lax.Precision.HIGHEST) is bank
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    for of in (None, mesh):
+        searched = runner.for_search(bank, precision=lax.Precision.DEFAULT, mesh=of)
+        assert searched.index is not None
+        assert searched.index.basis is None
+        assert searched.index.heads.shape == (1024, 16)  # a whole row each
+        assert searched.index.heads.dtype == jnp.bfloat16
+        assert len(searched.rows.devices()) == (1 if of is None else 2)
+        np.testing.assert_array_equal(searched.rows, bank.rows)
 
 
 def test_means_leave_out_what_is_undefined() -> None:
