@@ -4,6 +4,7 @@ Each binary uses those that its docstring names. `--helpfull` lists all.
 """
 
 import dataclasses
+import inspect
 import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -189,8 +190,9 @@ def ratios() -> list[float]:
 
 def _define_options() -> dict[str, flags.FlagHolder[Any]]:
     """A flag per option, whose help is what `InReachConfig`'s docstring says of it."""
-    text = (InReachConfig.__doc__ or "").partition("Attributes:")[2]
-    parts = re.split(r"\n\s{6}(\w+): ", text)
+    # From Python 3.13 on, docstrings come without their indentation.
+    text = inspect.cleandoc(InReachConfig.__doc__ or "").partition("Attributes:")[2]
+    parts = re.split(r"\n {2}(\w+): ", text)
     docs = {
         name: " ".join(body.split()) for name, body in zip(parts[1::2], parts[2::2], strict=True)
     }

@@ -1,6 +1,7 @@
 """Every option of the algorithm is a flag, and means what the config means by it."""
 
 import dataclasses
+import inspect
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -120,7 +121,7 @@ def test_choices_are_those_of_the_option(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_help_is_what_the_config_says(name: str) -> None:
     text = flags.FLAGS[name].help
-    documented = (InReachConfig.__doc__ or "").partition(f"\n      {name}: ")[2]
+    documented = inspect.cleandoc(InReachConfig.__doc__ or "").partition(f"\n  {name}: ")[2]
     first_line = documented.partition("\n")[0]
     assert len(first_line) > 20
     assert first_line in text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import re
@@ -99,8 +100,8 @@ def test_spread_must_be_allowed_to_grow() -> None:
 
 
 def test_every_option_is_documented() -> None:
-    text = InReachConfig.__doc__ or ""
-    documented = re.findall(r"^      (\w+): ", text, flags=re.MULTILINE)
+    text = inspect.cleandoc(InReachConfig.__doc__ or "")
+    documented = re.findall(r"^  (\w+): ", text, flags=re.MULTILINE)
     assert documented == [field.name for field in dataclasses.fields(InReachConfig)]
 
 
