@@ -7,8 +7,8 @@ are cheap, and small steps are not, this leaves less to do than the short heads 
 - Keys: the bits of a squared distance order like the distance itself. The lowest ones give way to
   the number of the row in its block, so that one integer says how far, and which. Cutting bits off
   only lowers a bound.
-- Blocks: of each `Sizes.block` rows the three lowest keys, in one pass over the product. The first
-  two are looked at in full, the third bounds what else there is.
+- Blocks: of each `Sizes.block` keys the three lowest. What the first two are of is looked at in
+  full, the third bounds what else there is. A key may be of several rows, and is of the nearest.
 - Certified, and complete: as in `pruning`. Queries that two rows of a few blocks do not prove look
   at whole blocks, and if that does not do, at all rows.
 """
@@ -34,7 +34,7 @@ _ALIGNED = 16  # numbers of bfloat16 that matrix units take at a time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How the work is cut; none of it changes what is found.
+    """How the work is cut; none of it changes what is found. Chosen by measurement on an H200.
 
     Attributes:
       block: Keys whose lowest are found together, a power of two.
@@ -45,9 +45,9 @@ class Sizes:
       full: Queries that are searched in full together.
     """
 
-    block: int = 256
-    rows: int = 1
-    ahead: int = 2
+    block: int = 32
+    rows: int = 8
+    ahead: int = 6
     whole: int = 8
     group: int = 128
     full: int = 256
@@ -287,17 +287,12 @@ def _lowest_keys(
 
 
 def _three_lowest(key: jax.Array) -> _Keys:
-    """Of keys [n, block, Q] those of each block, [n, Q] each, in one pass."""
-
-    def merge(a: _Keys, b: _Keys) -> _Keys:
-        low, high = jnp.minimum(a[0], b[0]), jnp.maximum(a[0], b[0])
-        second = jnp.minimum(jnp.minimum(a[1], b[1]), high)
-        third = jnp.minimum(jnp.maximum(a[1], b[0]), jnp.maximum(a[0], b[1]))
-        return low, second, jnp.minimum(jnp.minimum(a[2], b[2]), third)
-
-    most = jnp.full_like(key, _MOST)
-    found: _Keys = lax.reduce((key, most, most), (np.int32(_MOST),) * 3, merge, (1,))
-    return found
+    """Of keys [n, block, Q], which all differ within a block, the lowest of each, [n, Q] each."""
+    lowest = [jnp.min(key, axis=1)]
+    for _ in range(2):
+        higher = jnp.where(key > lowest[-1][:, None], key, _MOST)
+        lowest.append(jnp.min(higher, axis=1))
+    return lowest[0], lowest[1], lowest[2]
 
 
 def _bound(key: jax.Array, mask: int) -> jax.Array:
