@@ -35,8 +35,8 @@ def associate(
       dims: In [1, D], to multiply heads of so many dimensions and to prove that nothing else is
         nearer (`inreach_jax.pruning`), which takes fewer multiplications, but not less time where
         these are cheap. None to multiply descriptors.
-      tile: Seed patches per product, None for what suits the device; tile * P floats are needed
-        beside the inputs.
+      tile: Patches of each side per product, None for what suits the device; tile * tile floats are
+        needed beside the inputs.
       precision: Of the products. With `dims`, results are exact at any.
 
     Returns:

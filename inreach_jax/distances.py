@@ -31,6 +31,7 @@ from jax import lax
 from inreach_jax import products, sharding
 
 _CPU_TILE = 512
+_CPU_PAIR_TILE = 784  # of both sides: square products are the fastest there
 _TILE_BYTES = 2**28
 
 
@@ -156,7 +157,7 @@ def nearest(
         varying = jnp.where(labels[1][0] == query_label, varying, r[0, 0])
     most = np.iinfo(np.int32)
     init = (
-        (_like(varying, jnp.inf, jnp.float32), _like(varying, 0, jnp.int32)),
+        _nothing(varying),
         (_like(varying[0], most.max, jnp.int32), _like(varying[0], most.min, jnp.int32)),
     )
     (value, index), (least, greatest) = lax.fori_loop(0, num_tiles, search, init)
@@ -239,8 +240,8 @@ def mutual_nearest(
       a: [A, D] float32, A >= 1.
       b: [B, D] float32, B >= 1.
       centre: [D] float32 that is subtracted from both; None where they are centred already.
-      tile: Rows of `a` per product, >= 1; None for `default_tile` of B. Needs tile * B floats
-        beside the inputs.
+      tile: Rows of each side per product, >= 1; None for what suits the device. Needs tile * tile
+        floats beside the inputs.
       precision: Of the products that choose the neighbour.
 
     Returns:
@@ -254,28 +255,46 @@ def mutual_nearest(
     if centre is not None:
         c = _for_products(centre)[None, :]
         a, b = a - c, b - c
-    num_rows = a.shape[0]
-    tile = default_tile(b.shape[0]) if tile is None else tile
-    tile, num_tiles = even_tiles(num_rows=num_rows, tile=tile)
-    b_norm = sq_norm(b)
+    if tile is None:
+        tile = default_tile(b.shape[0]) if products.on_accelerator() else _CPU_PAIR_TILE
+    tile_a, num_tiles = even_tiles(num_rows=a.shape[0], tile=tile)
+    tile_b, num_across = even_tiles(num_rows=b.shape[0], tile=tile)
+    a_norm, b_norm = sq_norm(a), sq_norm(b)
+    Best = tuple[jax.Array, jax.Array]
 
-    def search(
-        i: jax.Array, carry: tuple[jax.Array, tuple[jax.Array, jax.Array]]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        nearest_b, best = carry
-        start = jnp.minimum(i * tile, num_rows - tile)
-        block = lax.dynamic_slice_in_dim(a, start, tile)
-        product = _product(block, b, precision)
-        # Each direction leaves out the norm that is constant along its axis.
-        _, of_block = lowest(b_norm[None, :] - 2 * product, axis=1)
-        value, index = lowest(sq_norm(block)[:, None] - 2 * product, axis=0)
-        nearest_b = lax.dynamic_update_slice_in_dim(nearest_b, of_block, start, axis=0)
-        return nearest_b, _closer(best, (value, index + start))
+    def search(i: jax.Array, carry: tuple[jax.Array, Best]) -> tuple[jax.Array, Best]:
+        nearest_b, of_b = carry
+        start = jnp.minimum(i * tile_a, a.shape[0] - tile_a)
+        block = lax.dynamic_slice_in_dim(a, start, tile_a)
+        block_norm = lax.dynamic_slice_in_dim(a_norm, start, tile_a)
 
-    varying_a, varying_b = a[:, 0] + b[0, 0], b_norm + a[0, 0]
+        def across(j: jax.Array, carry: tuple[Best, Best]) -> tuple[Best, Best]:
+            of_block, of_b = carry
+            first = jnp.minimum(j * tile_b, b.shape[0] - tile_b)
+
+            def part(x: jax.Array) -> jax.Array:
+                return lax.dynamic_slice_in_dim(x, first, tile_b)
+
+            product = _product(block, part(b), precision)
+            # Each direction leaves out the norm that is constant along its axis.
+            value, index = lowest(part(b_norm)[None, :] - 2 * product, axis=1)
+            of_block = _closer(of_block, (value, index + first))
+            value, index = lowest(block_norm[:, None] - 2 * product, axis=0)
+            new = _closer((part(of_b[0]), part(of_b[1])), (value, index + start))
+            return of_block, (
+                lax.dynamic_update_slice_in_dim(of_b[0], new[0], first, axis=0),
+                lax.dynamic_update_slice_in_dim(of_b[1], new[1], first, axis=0),
+            )
+
+        nothing = _nothing(jnp.broadcast_to(like, (tile_a,)))
+        of_block, of_b = lax.fori_loop(0, num_across, across, (nothing, of_b))
+        nearest_b = lax.dynamic_update_slice_in_dim(nearest_b, of_block[1], start, axis=0)
+        return nearest_b, of_b
+
+    like = a_norm[0] + b_norm[0]
     init = (
-        _like(varying_a, 0, jnp.int32),
-        (_like(varying_b, jnp.inf, jnp.float32), _like(varying_b, 0, jnp.int32)),
+        _like(jnp.broadcast_to(like, a_norm.shape), 0, jnp.int32),
+        _nothing(jnp.broadcast_to(like, b_norm.shape)),
     )
     nearest_b, (_, nearest_a) = lax.fori_loop(0, num_tiles, search, init)
     return nearest_b, nearest_a
@@ -348,6 +367,11 @@ def _closer(
 ) -> tuple[jax.Array, jax.Array]:
     """The closer of two candidates; the first one on ties, as its index is lower. NaN stays."""
     return jnp.minimum(best[0], new[0]), jnp.where(new[0] < best[0], new[1], best[1])
+
+
+def _nothing(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """No candidate yet: an infinite distance, for each x."""
+    return _like(x, jnp.inf, jnp.float32), _like(x, 0, jnp.int32)
 
 
 def _like(x: jax.Array, value: float, dtype: jnp.dtype | type) -> jax.Array:
