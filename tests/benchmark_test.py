@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from absl.testing import flagsaver
 
 import inreach_jax
 from experiments import benchmark, common_flags
-from experiments.benchmarks import growth, measure, report, search, steps, whole
+from experiments.benchmarks import chip, growth, measure, report, search, steps, whole
 from experiments.benchmarks.measure import Bench, Peers, Row
-from inreach_jax import metrics
+from inreach_jax import metrics, products
 from inreach_jax.datasets import demo, read_images
 from tests import tiny
 
@@ -421,3 +422,46 @@ def test_table_and_figure_without_a_peer(tmp_path: pathlib.Path) -> None:
     assert [cell.strip() for cell in lines[2].split("|")[5:7]] == ["-", "-"]
     report.draw_ratios(tmp_path / "ratios.png", rows)
     assert (tmp_path / "ratios.png").stat().st_size > 0
+
+
+def test_operations_are_those_of_products_and_convolutions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def make() -> Callable[..., jax.Array]:  # anew, as what was traced before is remembered
+        def function(x: jax.Array, kernel: jax.Array, b: jax.Array) -> jax.Array:
+            y = products.conv(x, kernel)
+            return jnp.sum(products.dot(jnp.tanh(y), b, axis=0))
+
+        return function
+
+    x, kernel, b = jnp.ones((2, 5, 6, 8)), jnp.ones((3, 3, 8, 16)), jnp.ones((16, 4))
+    expected = 2 * (2 * 5 * 6) * (9 * 8 * 16 + 16 * 4)
+    assert chip.operations(jax.jit(make()), x, kernel, b) == expected
+    monkeypatch.setattr(products, "in_three_passes", lambda: True)
+    # Each of float32 counts once, also where it is made of three.
+    assert chip.operations(make(), x, kernel, b) == expected
+
+
+def test_varied_images_differ() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    varied = chip.varied(list(images), 24)
+    assert varied.shape == (24, 4, 4, 3)
+    np.testing.assert_array_equal(varied[:3], images)
+    assert len(np.unique(varied.reshape(24, -1), axis=0)) == 24
+
+
+def test_whole_runs_on_an_accelerator(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {
+        "default": bench.config.replace(positional="off", projection="none"),
+        "paper": PAPER,
+    }
+    monkeypatch.setattr(chip, "wide_backbone", tiny.backbone)
+    monkeypatch.setattr(chip, "peak", lambda form: 1e9)
+    monkeypatch.setattr(chip, "_SHARE", 0.5)
+    monkeypatch.setattr(inreach_jax, "PRESETS", small)
+    rows = [*chip.chip_search(bench), *chip.chip_score(bench), *chip.chip_latency(bench)]
+    kinds = [row["name"].split(",")[0] for row in rows]
+    assert kinds == [*["chip_search"] * 2, *["chip_score"] * 2, *["chip_latency"] * 2]
+    assert all(row["agrees"] and row["ours"] > 0 for row in rows)
+    # A share of the peak is the time at the peak over ours.
+    assert all(row["ratio"] == pytest.approx(row["peer_value"] / row["ours"]) for row in rows[:2])
