@@ -5,6 +5,7 @@ what bounds the others exceeds the distance that decides, and what rounding may 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -233,6 +234,80 @@ def _nearest_in_full(
     missing = ((0, 0), (0, search.num - value.shape[1]))
     value = jnp.pad(value, missing, constant_values=jnp.inf)
     return value.T, jnp.pad(row, missing).T
+
+
+def in_chunks(
+    search: Search,
+    queries: jax.Array,
+    *,
+    prove: Callable[[jax.Array, jax.Array | None], tuple[Slots, jax.Array]],
+    label: jax.Array | None,
+    limit: int,
+    tile: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A chunk of queries at a time, and those that are not proved then in full.
+
+    Args:
+      search: What the queries share.
+      queries: [Q, D] float32.
+      prove: From a chunk [G, D] and its labels [G] int32, or None, to its slots, and how many
+        blocks were opened for each [G] int32, negative where nothing is proved.
+      label: [Q] int32, or None.
+      limit: Most queries of a chunk.
+      tile: As for `complete`.
+
+    Returns:
+      As `pruning.nearest`: squared distances [Q, T], rows [Q, T], and blocks opened [Q].
+    """
+    num = queries.shape[0]
+    num_chunks = -(-num // limit)
+    chunk = -(-num // num_chunks)
+
+    def of_chunk(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start = jnp.minimum(i * chunk, num - chunk)
+
+        def part(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, start, chunk)
+
+        (value, row), opened = prove(part(queries), None if label is None else part(label))
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, new, start, axis=0)
+            for whole, new in zip(found, (value.T, row.T, opened), strict=True)
+        )
+
+    like = queries[0, 0] + search.loose
+    if label is not None and search.row_label is not None:
+        like = jnp.where(label[0] == search.row_label[0], like, 0)
+    init = (
+        fill(like, shape=(num, search.num), value=jnp.inf, dtype=jnp.float32),
+        fill(like, shape=(num, search.num), value=0, dtype=jnp.int32),
+        fill(like, shape=(num,), value=0, dtype=jnp.int32),
+    )
+    value, row, opened = lax.fori_loop(0, num_chunks, of_chunk, init)
+    value, row = complete(search, queries, opened, label=label, slots=(value.T, row.T), tile=tile)
+    return value.T, row.T, opened
+
+
+def masked(
+    *, heads: tuple[jax.Array, jax.Array, jax.Array], valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Heads of zeros for rows that are out of use.
+
+    Args:
+      heads: [M, E], their squared norms [M], and by how much they are off [M].
+      valid: [M] bool; None for all.
+
+    Returns:
+      The same, of which those out of use are zero.
+    """
+    if valid is None:
+        return heads
+    short, norm, loose = heads
+    return (
+        jnp.where(valid[:, None], short, 0),
+        jnp.where(valid, norm, 0),
+        jnp.where(valid, loose, 0),
+    )
 
 
 def columns(who: jax.Array, *, of: Slots) -> Slots:

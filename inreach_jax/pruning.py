@@ -25,6 +25,7 @@ the distance itself decides, that of the difference of the two vectors.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -198,13 +199,7 @@ def make_heads(
         lost = jnp.sqrt(distances.squared_distance(exact, heads))
         loose += (1 + width * proofs.UNIT) * lost
     of_heads = distances.sq_norm(heads)
-    if valid is None:
-        return short, of_heads, loose
-    return (
-        jnp.where(valid[:, None], short, 0),
-        jnp.where(valid, of_heads, 0),
-        jnp.where(valid, loose, 0),
-    )
+    return proofs.masked(heads=(short, of_heads, loose), valid=valid)
 
 
 def nearest(
@@ -245,43 +240,19 @@ def nearest(
       were opened to prove them [Q] int32, -1 where the query was searched in full. No gradients.
     """
     queries, rows, basis, heads = lax.stop_gradient((queries, rows, basis, heads))
-    num_queries = queries.shape[0]
     label, row_label = (None, None) if labels is None else labels
     search = _search(
         rows, basis, heads, valid=valid, row_label=row_label, per_image=per_image, span=span,
         num=num, same_image=same_image, sizes=sizes,
     )  # fmt: skip
-    limit = max(sizes.group, min(sizes.chunk, BOUND_BYTES * sizes.block // (4 * rows.shape[0])))
-    num_chunks = -(-num_queries // limit)
-    chunk = -(-num_queries // num_chunks)
-
-    def of_chunk(i: jax.Array, found: _Found) -> _Found:
-        start = jnp.minimum(i * chunk, num_queries - chunk)
-
-        def part(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, start, chunk)
-
-        (value, row), opened = _of_chunk(
-            search, part(queries), None if label is None else part(label)
-        )
-        return tuple(
-            lax.dynamic_update_slice_in_dim(whole, new, start, axis=0)
-            for whole, new in zip(found, (value.T, row.T, opened), strict=True)
-        )
-
-    like = queries[0, 0] + search.loose
-    if label is not None and row_label is not None:
-        like = jnp.where(label[0] == row_label[0], like, 0)
-    init = (
-        proofs.fill(like, shape=(num_queries, num), value=jnp.inf, dtype=jnp.float32),
-        proofs.fill(like, shape=(num_queries, num), value=0, dtype=jnp.int32),
-        proofs.fill(like, shape=(num_queries,), value=0, dtype=jnp.int32),
+    return proofs.in_chunks(
+        search,
+        queries,
+        prove=functools.partial(_of_chunk, search),
+        label=label,
+        limit=max(sizes.group, min(sizes.chunk, BOUND_BYTES * sizes.block // (4 * rows.shape[0]))),
+        tile=tile,
     )
-    value, row, opened = lax.fori_loop(0, num_chunks, of_chunk, init)
-    value, row = proofs.complete(
-        search, queries, opened, label=label, slots=(value.T, row.T), tile=tile
-    )
-    return value.T, row.T, opened
 
 
 def mutual_nearest(
@@ -341,7 +312,6 @@ class _Search(proofs.Search):
     sizes: Sizes
 
 
-_Found = tuple[jax.Array, ...]
 _Shelves = tuple[jax.Array, jax.Array, jax.Array]
 """The lowest closed bound of each shelf [S, G]; bound [G] and block [G] that were opened last."""
 

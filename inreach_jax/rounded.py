@@ -72,13 +72,7 @@ def make_heads(
     lost *= 1 + (rows.shape[1] + 4) * proofs.UNIT
     norm = distances.sq_norm(rounded)
     short = jnp.pad(short, ((0, 0), (0, -rows.shape[1] % _ALIGNED)))
-    if valid is None:
-        return short, norm, lost
-    return (
-        jnp.where(valid[:, None], short, 0),
-        jnp.where(valid, norm, 0),
-        jnp.where(valid, lost, 0),
-    )
+    return proofs.masked(heads=(short, norm, lost), valid=valid)
 
 
 def nearest(
@@ -131,38 +125,14 @@ def nearest(
         same_image=same_image,
         full=sizes.full,
     )
-    num_queries = queries.shape[0]
-    limit = max(sizes.group, PRODUCT_BYTES // (4 * 8 * sizes.block * sizes.rows))
-    num_chunks = -(-num_queries // limit)
-    chunk = -(-num_queries // num_chunks)
-
-    def of_chunk(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start = jnp.minimum(i * chunk, num_queries - chunk)
-
-        def part(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, start, chunk)
-
-        (value, row), opened = _of_chunk(
-            search, part(queries), None if label is None else part(label), sizes=sizes
-        )
-        return tuple(
-            lax.dynamic_update_slice_in_dim(whole, new, start, axis=0)
-            for whole, new in zip(found, (value.T, row.T, opened), strict=True)
-        )
-
-    like = queries[0, 0] + search.loose
-    if label is not None and row_label is not None:
-        like = jnp.where(label[0] == row_label[0], like, 0)
-    init = (
-        proofs.fill(like, shape=(num_queries, num), value=jnp.inf, dtype=jnp.float32),
-        proofs.fill(like, shape=(num_queries, num), value=0, dtype=jnp.int32),
-        proofs.fill(like, shape=(num_queries,), value=0, dtype=jnp.int32),
+    return proofs.in_chunks(
+        search,
+        queries,
+        prove=lambda queries, label: _of_chunk(search, queries, label, sizes=sizes),
+        label=label,
+        limit=max(sizes.group, PRODUCT_BYTES // (4 * 8 * sizes.block * sizes.rows)),
+        tile=tile,
     )
-    value, row, opened = lax.fori_loop(0, num_chunks, of_chunk, init)
-    value, row = proofs.complete(
-        search, queries, opened, label=label, slots=(value.T, row.T), tile=tile
-    )
-    return value.T, row.T, opened
 
 
 _Keys = tuple[jax.Array, jax.Array, jax.Array]

