@@ -3,13 +3,14 @@
 Data-centre GPUs multiply TF32, of ten bits of mantissa, seven times as fast as float32, and cuDNN
 turns convolutions of float32 into Fourier transforms besides. A float32 number is the sum of two
 that TF32 holds, but for its last two bits: x = high + low. Of x y = (high + low)(high' + low') all
-but low low' is kept, and that is below what float32 rounds anyway. The three products are one, of
-three times as many dimensions: what is added up stays in the accumulator.
+but low low' is kept, which is 2^-22 of x y at most. The three products are one, of three times as
+many dimensions: what is added up stays in the accumulator.
 
     [high, high, low] . [high', low', high']
 
-Measured on an H200 (docs/benchmarks.md). Elsewhere float32 products are left to XLA at the highest
-precision, which on TPUs is six passes of bfloat16, made in the same way.
+Its rate was measured on an H200 (docs/benchmarks.md), its error in emulation only. Elsewhere float32
+products are left to XLA at the highest precision, which on TPUs is six passes of bfloat16, made in
+the same way.
 """
 
 import functools
