@@ -8,9 +8,9 @@ many dimensions: what is added up stays in the accumulator.
 
     [high, high, low] . [high', low', high']
 
-Its rate was measured on an H200 (docs/benchmarks.md), its error in emulation only. Elsewhere float32
-products are left to XLA at the highest precision, which on TPUs is six passes of bfloat16, made in
-the same way.
+Its rate was measured on an H200 (docs/benchmarks.md), its error in emulation only. Elsewhere
+float32 products are left to XLA at the highest precision, which on TPUs is six passes of bfloat16,
+made in the same way.
 """
 
 import functools
