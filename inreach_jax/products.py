@@ -69,6 +69,23 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, jnp.where(jnp.isfinite(high), x - high, x)
 
 
+def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
+    """What a narrower type makes of x, in float32.
+
+    XLA drops conversions there and back, as excess precision is allowed: what was rounded off would
+    be nothing then, and bounds of it too tight. This it keeps.
+
+    Args:
+      x: float32.
+      dtype: float16 or bfloat16. Below its normal numbers there may be 0, above them infinity.
+
+    Returns:
+      float32, which the type holds exactly.
+    """
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant)
+
+
 def dot(
     a: jax.Array, b: jax.Array, *, axis: int, precision: lax.Precision = lax.Precision.HIGHEST
 ) -> jax.Array:

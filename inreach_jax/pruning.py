@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from inreach_jax import distances, proofs, sharding
+from inreach_jax import distances, products, proofs, sharding
 
 BOUND_BYTES = 2**27
 """Of bounds at a time, which is most of what the search needs beside its inputs."""
@@ -194,8 +194,8 @@ def make_heads(
     loose += of_square / jnp.maximum(jnp.maximum(rest, jnp.sqrt(of_square)), tiny)
     short = heads
     if precision != lax.Precision.HIGHEST:
+        heads, exact = products.rounded_to(heads, jnp.bfloat16), heads
         short = heads.astype(jnp.bfloat16)
-        heads, exact = short.astype(jnp.float32), heads
         lost = jnp.sqrt(distances.squared_distance(exact, heads))
         loose += (1 + width * proofs.UNIT) * lost
     of_heads = distances.sq_norm(heads)

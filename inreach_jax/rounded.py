@@ -66,12 +66,11 @@ def make_heads(
       Heads [M, E] bfloat16, the rows rounded and zeros up to a multiple of 16; their squared norms
       [M] float32; and by how much they are off [M] float32, Euclidean.
     """
-    short = rows.astype(jnp.bfloat16)
-    rounded = short.astype(jnp.float32)
+    rounded = products.rounded_to(rows, jnp.bfloat16)
     lost = jnp.sqrt(distances.squared_distance(rows, rounded))
     lost *= 1 + (rows.shape[1] + 4) * proofs.UNIT
     norm = distances.sq_norm(rounded)
-    short = jnp.pad(short, ((0, 0), (0, -rows.shape[1] % _ALIGNED)))
+    short = jnp.pad(rounded.astype(jnp.bfloat16), ((0, 0), (0, -rows.shape[1] % _ALIGNED)))
     return proofs.masked(heads=(short, norm, lost), valid=valid)
 
 

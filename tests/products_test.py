@@ -100,6 +100,20 @@ def test_what_is_not_finite_is_in_both_parts(value: float) -> None:
         assert np.isfinite(part[1])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rounding_is_that_of_a_narrower_type(dtype: Any) -> None:
+    x = _random(4000) * 2.0 ** np.random.default_rng(1).integers(-10, 10, 4000)
+    x = np.concatenate([x, [0, -0.0, np.inf, -np.inf, np.nan, 1e38]]).astype(np.float32)
+    found = np.asarray(jax.jit(lambda x: products.rounded_to(x, dtype))(x))
+    assert found.dtype == np.float32
+    with np.errstate(over="ignore"):
+        kept = x.astype(dtype).astype(np.float32)
+    normal = (np.abs(kept) >= float(jnp.finfo(dtype).tiny)) | ~np.isfinite(kept)
+    np.testing.assert_array_equal(found, np.where(normal, kept, 0))
+    off = jax.jit(lambda x: jnp.max(jnp.abs(x - products.rounded_to(x, dtype))))(x[:4000])
+    assert off > 0  # however little of it is needed
+
+
 # Precision, of a product whose operands are rounded as the hardware rounds them.
 
 

@@ -150,6 +150,16 @@ def test_heads_are_never_farther_apart_than_rows(scale: float, offset: float) ->
     assert (of_heads > of_rows).any()  # which is what the slack is for
 
 
+def test_what_is_rounded_off_is_seen_whatever_else_is_computed() -> None:
+    # XLA drops conversions there and back where nothing needs what is in between.
+    rows = neighbours.features(80, 20)
+    expected = rounded.make_heads(rows)
+    for i in (1, 2):
+        found = jax.jit(lambda x, i=i: rounded.make_heads(x)[i])(rows)
+        np.testing.assert_allclose(found, expected[i], rtol=1e-6)
+    assert np.asarray(expected[2]).min() > 0
+
+
 def test_heads_of_rows_that_are_out_of_use_are_zero() -> None:
     rows, valid = neighbours.features(8, 20), np.arange(8) < 5
     rows[6] = np.nan
