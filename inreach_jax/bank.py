@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from inreach_jax import proofs, pruning, rounded, sharding, support
+from inreach_jax import products, proofs, pruning, rounded, sharding, support
 from inreach_jax.types import BankIndex, NominalBank
 
 # Banks of similar size share a shape, and thereby one compilation of whatever takes them.
@@ -129,7 +129,7 @@ def index_bank(
     Args:
       bank: Not traced.
       by: What bounds are made of. "heads" are short, for where products take the time, as on CPUs
-        (`inreach_jax.pruning`); "rows" are all of a row in bfloat16, for where they do not, as on
+        (`inreach_jax.pruning`); "rows" are all of a row in 16 bits, for where they do not, as on
         accelerators (`inreach_jax.rounded`).
       dims: Of heads, in [1, D]; None for `pruning.choose_dims`. Unused by "rows".
       precision: Of the products of heads; unused by "rows". At less than HIGHEST they are of
@@ -198,20 +198,24 @@ def _index(
     def of_shard(rows: jax.Array, count: jax.Array) -> BankIndex:
         first = sharding.first_row(rows.shape[0], axes)
         valid = jnp.arange(rows.shape[0], dtype=jnp.int32) + first < count
-        basis = None
+        basis = scale = None
         if dims is None:
-            heads, norm, loose = rounded.make_heads(rows, valid=valid)
+            scale = rounded.make_scale(rows, valid=valid, axes=axes)
+            heads, norm, loose = rounded.make_heads(
+                rows, scale=scale, dtype=products.half_type(), valid=valid
+            )
         else:
             basis = pruning.make_basis(rows, dims=dims, axes=axes)
             heads, norm, loose = pruning.make_heads(rows, basis, valid=valid, precision=precision)
         slack = -sharding.least(-proofs.largest(loose), axes)
-        return BankIndex(heads=heads, norm=norm, slack=slack, basis=basis)
+        return BankIndex(heads=heads, norm=norm, slack=slack, basis=basis, scale=scale)
 
     specs: Any = BankIndex(
         heads=split,  # type: ignore[arg-type]
         norm=split,  # type: ignore[arg-type]
         slack=whole,  # type: ignore[arg-type]
         basis=None if dims is None else whole,  # type: ignore[arg-type]
+        scale=whole if dims is None else None,  # type: ignore[arg-type]
     )
     index: BankIndex = sharding.shard_map(
         of_shard, mesh=mesh, in_specs=(split, whole), out_specs=specs

@@ -6,11 +6,13 @@ that TF32 holds, but for its last two bits: x = high + low. Of x y = (high + low
 but low low' is kept, which is 2^-22 of x y at most. The three products are one, of three times as
 many dimensions: what is added up stays in the accumulator.
 
-    [high, high, low] . [high', low', high']
+    [low, high, high] . [high', low', high']
 
-Its rate was measured on an H200 (docs/benchmarks.md), its error in emulation only. Elsewhere
-float32 products are left to XLA at the highest precision, which on TPUs is six passes of bfloat16,
-made in the same way.
+Accumulators cut off what they cannot hold, and do not round it: sums of what is positive come out
+too small, the more, the longer they are. So what is small comes first, and of the rest no more than
+256 dimensions are summed in one accumulator; that is not done for convolutions. Rates and errors,
+measured on an H200, are in docs/benchmarks.md. Elsewhere float32 products are left to XLA at the
+highest precision, which on TPUs is six passes of bfloat16, made in the same way.
 """
 
 import functools
@@ -28,6 +30,10 @@ _LOST = 13
 _FAST_TF32 = ("8.0", "9.0", "10.0", "10.3")
 """Compute capabilities whose TF32 is more than three times as fast as float32: A100, H100, H200,
 B200, B300. Others have it at the same rate, or not at all."""
+
+_LONGEST = 256
+"""Dimensions whose products one accumulator sums up, of high parts: at so many, the error of all is
+no larger than that of float32."""
 
 _ALIGNED = 8
 """Of fewer numbers at a time, products are not made by matrix units."""
@@ -50,6 +56,17 @@ def in_three_passes() -> bool:
     if jax.default_backend() != "gpu":
         return False
     return str(getattr(jax.local_devices()[0], "compute_capability", "")) in _FAST_TF32
+
+
+def half_type() -> Any:
+    """The type of 16 bits whose products are the fastest, and of these the most precise one.
+
+    Asked when a function is traced. Initialises the default backend.
+
+    Returns:
+      float16 on GPUs, which has three bits of mantissa more, and bfloat16 elsewhere.
+    """
+    return jnp.float16 if jax.default_backend() == "gpu" else jnp.bfloat16
 
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +99,7 @@ def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
     Returns:
       float32, which the type holds exactly.
     """
-    info = jnp.finfo(dtype)
+    info = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
     return lax.reduce_precision(x, info.nexp, info.nmant)
 
 
@@ -107,7 +124,7 @@ def dot(
             a, b, contract, precision=precision, preferred_element_type=jnp.float32
         )
 
-    return _multiplied(product, a, b, axis=axis, precision=precision)
+    return _multiplied(product, a, b, axis=axis, longest=_LONGEST, precision=precision)
 
 
 def conv(
@@ -141,14 +158,20 @@ def conv(
             precision=precision,
         )
 
-    return _multiplied(product, x, kernel, axis=2, precision=precision)
+    return _multiplied(product, x, kernel, axis=2, longest=None, precision=precision)
 
 
 _Product = Callable[[jax.Array, jax.Array, lax.Precision], jax.Array]
 
 
 def _multiplied(
-    product: _Product, a: jax.Array, b: jax.Array, *, axis: int, precision: lax.Precision
+    product: _Product,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    axis: int,
+    longest: int | None,
+    precision: lax.Precision,
 ) -> jax.Array:
     """A product over the last axis of a and one of b, in three passes where these are better."""
     # Narrower types are exact in one.
@@ -158,7 +181,11 @@ def _multiplied(
 
     @jax.custom_jvp
     def passes(a: jax.Array, b: jax.Array) -> jax.Array:
-        return product(*_three_passes(a, b, axis=axis), lax.Precision.DEFAULT)
+        first, *others = _three_passes(a, b, axis=axis, longest=longest)
+        total = product(*first, lax.Precision.DEFAULT)
+        for part in others:
+            total += product(*part, lax.Precision.DEFAULT)
+        return total
 
     def derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> Any:
         (a, b), (of_a, of_b) = primals, tangents
@@ -175,13 +202,30 @@ def _multiplied(
     return passes(a, b)
 
 
-def _three_passes(a: jax.Array, b: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
-    """What is multiplied in TF32 in place of a and b, over the last axis of a and one of b."""
+def _three_passes(
+    a: jax.Array, b: jax.Array, *, axis: int, longest: int | None
+) -> list[tuple[jax.Array, jax.Array]]:
+    """What is multiplied in TF32 in place of a and b, over the last axis of a and one of b.
+
+    The sum of the products is theirs.
+    """
     (high_a, low_a), (high_b, low_b) = split(a), split(b)
-    return (
-        _aligned(jnp.concatenate([high_a, high_a, low_a], axis=-1), axis=a.ndim - 1),
-        _aligned(jnp.concatenate([high_b, low_b, high_b], axis=axis), axis=axis),
-    )
+    num, along = a.shape[-1], a.ndim - 1
+    longest = num if longest is None else longest
+    pairs = []
+    for start in range(0, num, longest):
+        stop = min(start + longest, num)
+        of_a = [lax.slice_in_dim(high_a, start, stop, axis=along)]
+        of_b = [lax.slice_in_dim(high_b, start, stop, axis=axis)]
+        if start == 0:
+            of_a, of_b = [low_a, high_a, *of_a], [high_b, low_b, *of_b]
+        pairs.append(
+            (
+                _aligned(jnp.concatenate(of_a, axis=along), axis=along),
+                _aligned(jnp.concatenate(of_b, axis=axis), axis=axis),
+            )
+        )
+    return pairs
 
 
 def _aligned(x: jax.Array, *, axis: int) -> jax.Array:

@@ -17,6 +17,9 @@ from inreach_jax import distances
 UNIT = 2.0**-23
 """Twice the rounding of float32, for products that are nearly as precise."""
 
+_STEPS = 32
+"""Roundings besides those of the sums over dimensions, and some to spare."""
+
 Slots = tuple[jax.Array, jax.Array]
 """Squared distances [T, G] and rows [T, G] of the nearest images so far, ascending."""
 
@@ -28,8 +31,7 @@ class Search:
     Attributes:
       rows: [M, D] float32.
       heads: [M', E] float32 or bfloat16, what stands for the rows in products.
-      norm: [M'] float32, squared, of the heads; infinite where a row is no neighbour.
-      longest: [] float32, the length of the heads at most.
+      norm: [M'] float32, squared, of the heads and `lowered`; infinite where a row is no neighbour.
       loose: [] float32, how far a head may be off.
       valid: [M'] bool, rows that may be neighbours; None for all.
       row_label: [M'] int32, None where there are no labels.
@@ -43,7 +45,6 @@ class Search:
     rows: jax.Array
     heads: jax.Array
     norm: jax.Array
-    longest: jax.Array
     loose: jax.Array
     valid: jax.Array | None
     row_label: jax.Array | None
@@ -105,22 +106,37 @@ def look_at(
     return nearest_of(value, row, per_image=search.per_image, num=search.num)
 
 
-def threshold(search: Search, *, slots: Slots, norm: jax.Array, loose: jax.Array) -> jax.Array:
+def lowered(sq_norm: jax.Array, *, width: int) -> jax.Array:
+    """What stands for a squared norm, so that |a|^2 + |b|^2 - 2ab is never above |a - b|^2.
+
+    Sums over `width` numbers are off by `width / 2` units of what is summed up at most, in any
+    order, if they are rounded to nearest, or if what is cut off comes after two products each, as
+    on matrix units. Of |a|^2 + |b|^2 that is half from the norms, and half from 2ab, which is no
+    more.
+
+    Args:
+      sq_norm: [...] float32, |a|^2.
+      width: Numbers that a has.
+
+    Returns:
+      [...] float32, less by what rounding may add to the distance.
+    """
+    return sq_norm * (1 - (width + _STEPS) * UNIT)
+
+
+def threshold(search: Search, *, slots: Slots, loose: jax.Array) -> jax.Array:
     """What the squared distance of two heads must exceed, so that their rows do not count.
 
     Args:
       search: What the queries share.
       slots: The nearest images so far, of which some decide.
-      norm: [G] float32, squared, of the queries' heads.
-      loose: [G] float32, by how much these may be off.
+      loose: [G] float32, by how much the queries' heads may be off.
 
     Returns:
-      [G] float32: what decides, and what rounding may add to distances, to heads, and to products.
+      [G] float32: what decides, and what rounding may add to distances and to heads.
     """
-    decides = _deciding(search, slots) * (1 + (search.rows.shape[1] + 4) * UNIT)
-    error = jnp.square(jnp.sqrt(norm) + search.longest)
-    error *= (search.heads.shape[1] + 16) * UNIT
-    return jnp.square(jnp.sqrt(decides) + (loose + search.loose)) + error
+    decides = _deciding(search, slots) * (1 + (search.rows.shape[1] + _STEPS) * UNIT)
+    return jnp.square(jnp.sqrt(decides) + (loose + search.loose))
 
 
 def _deciding(search: Search, slots: Slots) -> jax.Array:

@@ -179,7 +179,8 @@ def make_heads(
 
     Returns:
       Heads [M, d + 1] float32 or bfloat16, along the basis and the length of the rest; their
-      squared norms [M] float32; and by how much heads may be off [M] float32, Euclidean.
+      squared norms [M] float32, `proofs.lowered`; and by how much heads may be off [M] float32,
+      Euclidean.
     """
     along = _project(rows, basis)
     sq_norm = distances.sq_norm(rows)
@@ -198,7 +199,7 @@ def make_heads(
         short = heads.astype(jnp.bfloat16)
         lost = jnp.sqrt(distances.squared_distance(exact, heads))
         loose += (1 + width * proofs.UNIT) * lost
-    of_heads = distances.sq_norm(heads)
+    of_heads = proofs.lowered(distances.sq_norm(heads), width=heads.shape[1])
     return proofs.masked(heads=(short, of_heads, loose), valid=valid)
 
 
@@ -327,7 +328,6 @@ def _search(
     **options: Any,
 ) -> _Search:
     short, norm, loose = heads
-    longest = jnp.sqrt(jnp.max(norm))
     loose = proofs.largest(loose)
     if valid is not None:
         norm = jnp.where(valid, norm, jnp.inf)
@@ -343,7 +343,7 @@ def _search(
             None if x is None else jnp.pad(x, (0, missing)) for x in (valid, row_label)
         )
     return _Search(
-        rows=rows, basis=basis, heads=short, norm=norm, longest=longest, loose=loose,
+        rows=rows, basis=basis, heads=short, norm=norm, loose=loose,
         valid=valid, row_label=row_label, full=sizes.full, shelf=shelf, sizes=sizes, **options,
     )  # fmt: skip
 
@@ -371,10 +371,8 @@ def _resolve(
 
     def enough(slots: proofs.Slots, who: jax.Array) -> jax.Array:
         """[G], what the closed bounds must exceed. A bound lacks the query's own norm."""
-        of_who = jnp.take(norm, who)
-        return (
-            proofs.threshold(search, slots=slots, norm=of_who, loose=jnp.take(loose, who)) - of_who
-        )
+        limit = proofs.threshold(search, slots=slots, loose=jnp.take(loose, who))
+        return limit - jnp.take(norm, who)
 
     everyone = jnp.arange(num, dtype=jnp.int32)
     like = shelves[0, 0]

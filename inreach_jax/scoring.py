@@ -342,7 +342,7 @@ def _search_index(
         labels = sharding.gather(jnp.repeat(exclude, shape[1]), axes), bank.image
     per_image, num = (0, 1) if bank.span is None else (bank.per_image, index.num_images)
     nearest = (
-        rounded.nearest
+        functools.partial(rounded.nearest, scale=1.0 if index.scale is None else index.scale)
         if index.basis is None
         else functools.partial(pruning.nearest, basis=index.basis)
     )

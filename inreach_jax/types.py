@@ -72,10 +72,11 @@ class BankIndex:
     padding rows are 0.
     """
 
-    heads: jax.Array  # [M, E] float32 or bfloat16, rows along the basis and what is left: E = d + 1
-    norm: jax.Array  # [M] float32, squared, of the heads
+    heads: jax.Array  # [M, E], rows along the basis and what is left, E = d + 1, or rounded rows
+    norm: jax.Array  # [M] float32, squared, of the heads, less what rounding may add to distances
     slack: jax.Array  # [] float32, how far a head may be off
     basis: jax.Array | None = None  # [D, d] float32, directions; None: heads are rounded rows
+    scale: jax.Array | None = None  # [] float32, power of two, of rows before they are rounded
     num_images: int = _static(0)  # [] int32, static: nearest images told apart; 0 without a span
 
 
