@@ -10,7 +10,7 @@ many dimensions: what is added up stays in the accumulator.
 
 Accumulators cut off what they cannot hold, and do not round it: sums of what is positive come out
 too small, the more, the longer they are. So what is small comes first, and of the rest no more than
-256 dimensions are summed in one accumulator; that is not done for convolutions. Rates and errors,
+512 dimensions are summed in one accumulator; that is not done for convolutions. Rates and errors,
 measured on an H200, are in docs/benchmarks.md. Elsewhere float32 products are left to XLA at the
 highest precision, which on TPUs is six passes of bfloat16, made in the same way.
 """
@@ -31,9 +31,9 @@ _FAST_TF32 = ("8.0", "9.0", "10.0", "10.3")
 """Compute capabilities whose TF32 is more than three times as fast as float32: A100, H100, H200,
 B200, B300. Others have it at the same rate, or not at all."""
 
-_LONGEST = 256
-"""Dimensions whose products one accumulator sums up, of high parts: at so many, the error of all is
-no larger than that of float32."""
+_LONGEST = 512
+"""Dimensions whose products one accumulator sums up, of high parts. With half of them the error is
+half, and products take up to twice the time, and several times as long to compile."""
 
 _ALIGNED = 8
 """Of fewer numbers at a time, products are not made by matrix units."""

@@ -50,9 +50,9 @@ class Sizes:
       full: Queries that are searched in full together.
     """
 
-    block: int = 32
+    block: int = 16
     rows: int = 8
-    ahead: int = 6
+    ahead: int = 2
     whole: int = 8
     group: int = 128
     full: int = 256
@@ -92,7 +92,7 @@ def make_heads(
 
     Args:
       rows: [M, D] float32.
-      scale: [] float32, a power of two that rows are multiplied by.
+      scale: [] float32, plus or minus a power of two, that rows are multiplied by.
       dtype: float16 or bfloat16.
       valid: [M] bool, rows that may be neighbours; None for all. The others have heads of zeros.
 
@@ -184,13 +184,14 @@ def _of_chunk(
     sizes: Sizes,
 ) -> tuple[Slots, jax.Array]:
     """The nearest images of a chunk of queries, and the blocks looked at for each, or -1."""
-    short, norm, loose = make_heads(queries, scale=scale, dtype=search.heads.dtype)
-    factor = jnp.asarray(-2 / (scale * scale), jnp.float32)
-    starts, block, keys = _lowest_keys(search, short, norm, label, factor=factor, sizes=sizes)
+    # With the factor that their products need: what leaves the range with it must prove nothing.
+    short, norm, loose = make_heads(queries, scale=-2 * scale, dtype=search.heads.dtype)
+    unit = jnp.asarray(scale * scale, jnp.float32)
+    starts, block, keys = _lowest_keys(search, short, norm, label, unit=unit, sizes=sizes)
     mask = block - 1
     num_blocks, num = len(starts), queries.shape[0]
     first = jnp.asarray(starts)
-    bounds = [_bound(key, mask) for key in keys]
+    bounds = [_bound(key, mask) / unit for key in keys]
     by_query = bounds[0].T  # [Q, N]
     like = by_query[0, 0]
 
@@ -255,13 +256,13 @@ def _lowest_keys(
     norm: jax.Array,
     label: jax.Array | None,
     *,
-    factor: jax.Array,
+    unit: jax.Array,
     sizes: Sizes,
 ) -> tuple[np.ndarray, int, _Keys]:
     """Where each block begins [N], how many keys it has, and the three lowest [N, Q].
 
-    The factor, of the products, is a power of two: they are as exact with it as without. The last
-    tile overlaps the one before it: its blocks have some rows once more.
+    They are of distances in units of that of the products, a power of two. The last tile overlaps
+    the one before it: its blocks have some rows once more.
     """
     num_rows, num = search.rows.shape[0], short.shape[0]
     block = min(sizes.block, 1 << ((num_rows // sizes.rows).bit_length() - 1))
@@ -270,6 +271,7 @@ def _lowest_keys(
     num_tiles = -(-num_rows // (size * min(limit, max(1, num_rows // size))))
     each = min(-(-num_rows // (num_tiles * size)), num_rows // size)  # blocks of a tile
     num_tiles, tile = -(-num_rows // (each * size)), each * size
+    of_rows, of_queries = search.norm * unit, norm * unit
     begin = np.minimum(np.arange(num_tiles) * tile, num_rows - tile)
     starts = (begin[:, None] + np.arange(each) * size).reshape(-1).astype(np.int32)
 
@@ -280,8 +282,7 @@ def _lowest_keys(
             return lax.dynamic_slice_in_dim(x, start, tile)
 
         product = products.dot(rows_of(search.heads), short, axis=1, precision=search.precision)
-        of_both = rows_of(search.norm)[:, None] + norm[None, :]
-        distance = jnp.maximum(of_both + factor * product, 0)
+        distance = jnp.maximum((rows_of(of_rows)[:, None] + of_queries[None, :]) + product, 0)
         if label is not None and search.row_label is not None:
             same = rows_of(search.row_label)[:, None] == label[None, :]
             distance = jnp.where(same, jnp.inf, distance)

@@ -170,8 +170,8 @@ def test_long_sums_of_what_is_positive_stay_right() -> None:
             found += _truncated(_tf32(np.asarray(of_a)), _tf32(np.asarray(of_b))).astype(np.float32)
         return float(np.abs(found / exact - 1).max())
 
-    assert off(products._LONGEST) < 2.5e-6
-    assert off(None) > 5e-6  # an H200 is off by 7e-6, and three times that in another order
+    assert off(products._LONGEST) < 5e-6
+    assert off(None) > 6e-6  # an H200 is off by 7e-6, and by 1.6e-5 with the small parts last
 
 
 # Whatever multiplies gets what it would get otherwise.
