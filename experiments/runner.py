@@ -350,7 +350,15 @@ def _write_results(
     write_heatmaps(workdir / "heatmaps", dataset.test, maps, masks, scale=scale, config=config)
     seconds = {
         phase: seconds.get(phase, 0.0)
-        for phase in ("position", "features", "association", "channels", "bank", "scoring")
+        for phase in (
+            "position",
+            "features",
+            "seeds",
+            "association",
+            "channels",
+            "bank",
+            "scoring",
+        )
     }
     return {
         "category": dataset.name,

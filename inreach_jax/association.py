@@ -1,4 +1,8 @@
-"""Seeds x images -> mutual nearest neighbours -> which channel each patch joins."""
+"""Seeds x images -> mutual nearest neighbours -> which channel each patch joins.
+
+Of two seeds one comparison tells what either is to the other, so seeds are compared among
+themselves first, one after the other with those before it, and other images with all of them then.
+"""
 
 import functools
 from typing import Any
@@ -7,9 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from inreach_jax import distances, pruning
+from inreach_jax import distances, pruning, sharding
 from inreach_jax.config import InReachConfig
 from inreach_jax.types import UNMATCHED, Association, Members
+
+Best = tuple[jax.Array, jax.Array, jax.Array]
+"""Of each patch of each seed [S, P]: the squared distance to the nearest patch of any seed that it
+was compared with, float32; which seed, int32; and the seed patch if mutual, or UNMATCHED, int32."""
 
 
 def associate(
@@ -18,6 +26,7 @@ def associate(
     *,
     image_index: jax.Array,
     config: InReachConfig,
+    used: jax.Array | None = None,
     dims: int | None = None,
     tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
@@ -32,6 +41,7 @@ def associate(
       image_index: [B] int32, which training images they are. An image is not compared with
         itself.
       config: Uses `pairs`.
+      used: [B] bool, images that are compared; None for all. The others match nothing.
       dims: In [1, D], to multiply heads of so many dimensions and to prove that nothing else is
         nearer (`inreach_jax.pruning`), which takes fewer multiplications, but not less time where
         these are cheap. None to multiply descriptors.
@@ -62,40 +72,154 @@ def associate(
         make = functools.partial(pruning.make_heads, basis=basis, precision=precision)
         heads = lax.map(make, centred)
 
-    def pair(
-        image: jax.Array, of_image: Any, of_seed: tuple[jax.Array, Any]
-    ) -> tuple[jax.Array, jax.Array]:
-        seed, heads = of_seed
-        if dims is None:
-            image_of_seed, seed_of_image = distances.mutual_nearest(
-                seed, image, centre=centre, tile=tile, precision=precision
-            )
-        else:
-            (image_of_seed, seed_of_image), _ = pruning.mutual_nearest(
-                seed - centre[None, :],
-                image - centre[None, :],
-                basis=basis,
-                heads=(heads, of_image),
-                tile=tile,
-            )
-        mutual = distances.mutual_partner(seed_of_image, image_of_seed)
-        sq_distance = distances.squared_distance(image, jnp.take(seed, seed_of_image, axis=0))
-        return jnp.where(mutual, seed_of_image, UNMATCHED), sq_distance
+    def one_image(args: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+        image, j, counts = args
+        near = image - centre[None, :]
+        of_image: Any = None if dims is None else make(near)
 
-    def one_image(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        image, j = args
-        compared = seed_index != j if config.pairs == "all" else seed_index < j
-        of_image = None if dims is None else make(image - centre[None, :])
-        partner, sq_distance = lax.map(functools.partial(pair, image, of_image), (seeds, heads))
-        return (
-            jnp.where(compared[:, None], partner, UNMATCHED),
-            jnp.where(compared[:, None], sq_distance, jnp.inf),
-        )
+        def compare(seed: jax.Array, heads: Any) -> tuple[jax.Array, jax.Array]:
+            if dims is None:
+                image_of_seed, seed_of_image = distances.mutual_nearest(
+                    seed - centre[None, :], near, tile=tile, precision=precision
+                )
+            else:
+                (image_of_seed, seed_of_image), _ = pruning.mutual_nearest(
+                    seed - centre[None, :], near, basis=basis, heads=(heads, of_image), tile=tile
+                )
+            return _matches(image, seed, seed_of_image, image_of_seed)
 
-    partner, sq_distance = lax.map(one_image, (images, image_index))
+        def nothing(seed: jax.Array, heads: Any) -> tuple[jax.Array, jax.Array]:
+            like = image[:, 0] + seed[:, 0]
+            return jnp.full_like(like, UNMATCHED, jnp.int32), jnp.full_like(like, jnp.inf)
+
+        def pair(args: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            seed, heads, i = args
+            compared = i != j if config.pairs == "all" else i < j
+            if counts is not None:
+                compared &= counts
+            found: tuple[jax.Array, jax.Array] = lax.cond(compared, compare, nothing, seed, heads)
+            return found
+
+        found: tuple[jax.Array, jax.Array] = lax.map(pair, (seeds, heads, seed_index))
+        return found
+
+    partner, sq_distance = lax.map(one_image, (images, image_index, used))
     return Association(
         mutual_seed_patch=partner.swapaxes(0, 1), sq_distance=sq_distance.swapaxes(0, 1)
     )
+
+
+def _matches(
+    image: jax.Array, seed: jax.Array, seed_of_image: jax.Array, image_of_seed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of an image's patches [P]: the mutual seed patches, and squared distances to the nearest."""
+    mutual = distances.mutual_partner(seed_of_image, image_of_seed)
+    sq_distance = distances.squared_distance(image, jnp.take(seed, seed_of_image, axis=0))
+    return jnp.where(mutual, seed_of_image, UNMATCHED), sq_distance
+
+
+def nothing_compared(*, num_seeds: int, num_patches: int) -> Best:
+    """Where `associate_seed` begins.
+
+    Args:
+      num_seeds: S.
+      num_patches: P.
+
+    Returns:
+      Infinite distances to no seed.
+    """
+    shape = num_seeds, num_patches
+    return (
+        jnp.full(shape, jnp.inf, jnp.float32),
+        jnp.full(shape, num_seeds, jnp.int32),
+        jnp.full(shape, UNMATCHED, jnp.int32),
+    )
+
+
+def associate_seed(
+    seeds: jax.Array,
+    best: Best,
+    *,
+    number: jax.Array,
+    config: InReachConfig,
+    axes: sharding.Axes = (),
+    tile: int | None = None,
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> Best:
+    """Compares a seed with all before it, for either of them: half of what `associate` compares.
+
+    Args:
+      seeds: [S, P, D] float32 descriptors of training images 0 to S - 1.
+      best: From `nothing_compared`, or of the seeds before.
+      number: [] int32, which seed.
+      config: Uses `pairs` and `veto`.
+      axes: Mesh axes whose devices share the comparisons: each has a `best` of its own, which
+        `members_of_seeds` brings together. () for one device.
+      tile: As for `associate`.
+      precision: Likewise.
+
+    Returns:
+      With what was found.
+    """
+    centre = jnp.mean(seeds, axis=(0, 1))
+    first = sharding.first_row(1, axes)
+    step = lax.axis_size(axes) if axes else 1
+    image = jnp.take(seeds, number, axis=0)
+    near = image - centre[None, :]
+
+    def pair(k: jax.Array, best: Best) -> Best:
+        i = first + k * step
+        seed = jnp.take(seeds, i, axis=0)
+        image_of_seed, seed_of_image = distances.mutual_nearest(
+            seed - centre[None, :], near, tile=tile, precision=precision
+        )
+        found = _matches(image, seed, seed_of_image, image_of_seed)
+        best = _nearer(best, number, i, found, veto=config.veto)
+        if config.pairs == "all":
+            found = _matches(seed, image, image_of_seed, seed_of_image)
+            best = _nearer(best, i, number, found, veto=config.veto)
+        return best
+
+    return lax.fori_loop(0, (number - first + step - 1) // step, pair, best)
+
+
+def _nearer(
+    best: Best,
+    image: jax.Array,
+    seed: jax.Array,
+    found: tuple[jax.Array, jax.Array],
+    *,
+    veto: bool,
+) -> Best:
+    """With what an image and a seed are to each other."""
+    partner, value = found
+    if not veto:
+        value = jnp.where(partner == UNMATCHED, jnp.inf, value)
+    old = tuple(jnp.take(x, image, axis=0) for x in best)
+    closer = (value < old[0]) | ((value == old[0]) & (seed < old[1]))
+    new = value, jnp.broadcast_to(seed, old[1].shape), partner
+    value, which, partner = (
+        x.at[image].set(jnp.where(closer, after, before))
+        for x, after, before in zip(best, new, old, strict=True)
+    )
+    return value, which, partner
+
+
+def members_of_seeds(best: Best, *, config: InReachConfig) -> Members:
+    """Each patch of a seed joins the channel of its best seed patch, if the match is mutual.
+
+    Args:
+      best: From `associate_seed`, of all seeds, and of d devices: [d, S, P] each.
+      config: Uses `index_order`.
+
+    Returns:
+      Members of S images, as `select_members` has them.
+    """
+    value, seed, partner = best
+    nearest = value == jnp.min(value, axis=0, keepdims=True)
+    lowest = jnp.min(jnp.where(nearest, seed, seed.shape[1]), axis=0)
+    here = nearest & (seed == lowest[None])
+    return _members(lowest, jnp.max(jnp.where(here, partner, UNMATCHED), axis=0), config=config)
 
 
 def select_members(association: Association, *, config: InReachConfig) -> Members:
@@ -109,11 +233,16 @@ def select_members(association: Association, *, config: InReachConfig) -> Member
       Members of B images. The seed patches themselves are not listed: they found the channels.
     """
     partner, sq_distance = association.mutual_seed_patch, association.sq_distance
-    num_patches = partner.shape[2]
     if not config.veto:  # then a nearer seed without a mutual match does not stand in the way
         sq_distance = jnp.where(partner == UNMATCHED, jnp.inf, sq_distance)
     best_seed = _argmin_first_axis(sq_distance)  # [B, P]
     best_partner = jnp.take_along_axis(partner, best_seed[None], axis=0)[0]
+    return _members(best_seed, best_partner, config=config)
+
+
+def _members(best_seed: jax.Array, best_partner: jax.Array, *, config: InReachConfig) -> Members:
+    """Of the best seed of each patch [B, P], and its mutual patch there."""
+    num_patches = best_seed.shape[1]
     image_patch = jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32), best_seed.shape)
     founder, patch = best_partner, image_patch
     if config.index_order == "swapped":

@@ -11,7 +11,7 @@ same program wherever it runs, and everything that is summed over images is summ
 
 import dataclasses
 import functools
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from inreach_jax import association as association_lib
 from inreach_jax import bank as bank_lib
 from inreach_jax import channels as channels_lib
 from inreach_jax import extraction, products, reduction, sharding, support
@@ -95,8 +96,9 @@ def fit(
         more than once; None for no limit. With "all" none are kept.
       journal: Keeps the progress of a fit that may be killed, and goes on where it ended; None not
         to. Only for images that are a sequence.
-      progress: Told after each step: phases "features", "association", with "channels" that, too,
-        and "bank"; "position" in place of "features" where the budget does not last.
+      progress: Told after each step: phases "features", "association" and "bank", with "channels"
+        "seeds" before the second and "channels" after it; "position" in place of "features" where
+        the budget does not last.
 
     Returns:
       The nominal bank, for `make_score_fn`.
@@ -144,8 +146,8 @@ def fit_descriptors(
       descriptors: Of N training images. Where `config.nominal` is "channels" the first ones are the
         seeds; otherwise their order does not matter beyond which of them are.
       config: All options from `projection` to `max_channel_std` are used.
-      progress: Told after each block, phases "association", "channels" and "bank" ("association"
-        and "bank" where `config.nominal` is "all").
+      progress: Told after each block, phases "seeds", "association", "channels" and "bank"
+        ("association" and "bank" where `config.nominal` is "all").
 
     Returns:
       The nominal bank.
@@ -770,10 +772,11 @@ def _associate_all(
                 sums = sharding.join_shards(sharding.shards_of(running["sums"]), mesh=mesh)
     new: list[dict[str, np.ndarray]] = []
     total = sharding.place(np.int32(num_images), mesh=mesh)
+    known = _associate_seeds(seeds, config=config, mesh=mesh, journal=journal, progress=progress)
     for number in range(start, num_blocks):
         block = descriptors.blocks[number]
         index = extraction.image_index(start=number * size, size=size, mesh=mesh)
-        members = _associate_block(seeds, block, index, total, config=config, mesh=mesh)
+        members = _associate_block(seeds, known, block, index, total, config=config, mesh=mesh)
         if sums is not None:
             sums = _add_sums(sums, seeds, block, members, mesh=mesh)
         num = min(size, num_images - number * size)
@@ -856,6 +859,37 @@ def _find_channels(
     return channels
 
 
+def _associate_seeds(
+    seeds: jax.Array,
+    *,
+    config: InReachConfig,
+    mesh: Mesh | None,
+    journal: Journal | None,
+    progress: Progress,
+) -> Members:
+    """Members of the seeds themselves, on every device."""
+    (num_seeds, num_patches, _), start = seeds.shape, 1
+    nothing = association_lib.nothing_compared(num_seeds=num_seeds, num_patches=num_patches)
+    shards = len(sharding.local_shards(mesh))
+    best = [sharding.join_shards([x] * shards, mesh=mesh) for x in nothing]
+    if journal is not None:
+        done, entries, _ = journal.restore("seeds", mesh=mesh)
+        if entries:
+            start, kept = done, entries[-1][1]
+            best = [
+                sharding.join_shards(sharding.shards_of(kept[name]), mesh=mesh)
+                for name in ("value", "seed", "partner")
+            ]
+    for number in range(start, num_seeds):
+        which = sharding.place(np.int32(number), mesh=mesh)
+        best = _associate_seed(seeds, best, which, config=config, mesh=mesh)
+        progress("seeds", number + 1, num_seeds)
+        if journal is not None and _is_due(number + 1, num_seeds, size=1, every=journal.every):
+            added = dict(zip(("value", "seed", "partner"), best, strict=True))
+            journal.save("seeds", done=number + 1, added=added, running={}, mesh=mesh)
+    return _members_of_seeds(best, config=config, mesh=mesh)
+
+
 def _is_due(done: int, num_blocks: int, *, size: int, every: int) -> bool:
     """Whether progress is kept after so many blocks: every so many images, and at the end."""
     return done == num_blocks or done % max(1, every // size) == 0
@@ -894,6 +928,7 @@ _lengths = jax.jit(lambda x: jnp.sqrt(jnp.sum(x * x, axis=-1)))
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _associate_block(
     seeds: jax.Array,
+    known: Members,
     block: jax.Array,
     image_index: jax.Array,
     num_images: jax.Array,
@@ -901,21 +936,64 @@ def _associate_block(
     config: InReachConfig,
     mesh: Mesh | None,
 ) -> Members:
-    """Members of a block, on every device; padding joins no channel."""
+    """Members of a block, on every device; those of seeds are known. Padding joins no channel."""
     whole, split = sharding.whole(), sharding.split(mesh)
 
     def of_shard(
-        seeds: jax.Array, block: jax.Array, index: jax.Array, num_images: jax.Array
+        seeds: jax.Array,
+        known: Members,
+        block: jax.Array,
+        index: jax.Array,
+        num_images: jax.Array,
     ) -> Members:
-        association = associate(seeds, block, image_index=index, config=config)
+        num_seeds = seeds.shape[0]
+        used = (index >= num_seeds) & (index < num_images)
+        association = associate(seeds, block, image_index=index, config=config, used=used)
         members = select_members(association, config=config)
-        used = (index < num_images)[:, None]
-        return Members(channel=jnp.where(used, members.channel, UNMATCHED), patch=members.patch)
+        is_seed, which = (index < num_seeds)[:, None], jnp.minimum(index, num_seeds - 1)
+
+        def either(of_seed: jax.Array, of_other: jax.Array) -> jax.Array:
+            return jnp.where(is_seed, jnp.take(of_seed, which, axis=0), of_other)
+
+        return jax.tree.map(either, known, members)
 
     members: Members = sharding.shard_map(
-        of_shard, mesh=mesh, in_specs=(whole, split, split, whole), out_specs=split
-    )(seeds, block, image_index, num_images)
+        of_shard, mesh=mesh, in_specs=(whole, whole, split, split, whole), out_specs=split
+    )(seeds, known, block, image_index, num_images)
     return sharding.replicate(members, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _associate_seed(
+    seeds: jax.Array,
+    best: Sequence[jax.Array],
+    number: jax.Array,
+    *,
+    config: InReachConfig,
+    mesh: Mesh | None,
+) -> list[jax.Array]:
+    """With one seed more, of each device."""
+    whole, split = sharding.whole(), sharding.split(mesh)
+    found = sharding.shard_map(
+        lambda seeds, best, number: association_lib.associate_seed(
+            seeds, tuple(best), number=number, config=config, axes=sharding.mesh_axes(mesh)
+        ),
+        mesh=mesh,
+        in_specs=(whole, split, whole),
+        out_specs=split,
+    )(seeds, best, number)
+    return list(found)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _members_of_seeds(
+    best: Sequence[jax.Array], *, config: InReachConfig, mesh: Mesh | None
+) -> Members:
+    """Of what the devices have found, on every device."""
+    num_seeds = best[0].shape[0] // sharding.num_shards(mesh)
+    whole = [sharding.constrain(x, mesh=mesh, spec=sharding.whole()) for x in best]
+    value, seed, partner = (x.reshape(-1, num_seeds, x.shape[1]) for x in whole)
+    return association_lib.members_of_seeds((value, seed, partner), config=config)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

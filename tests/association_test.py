@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from inreach_jax import association as association_lib
+from inreach_jax import sharding
 from inreach_jax.config import InReachConfig
 from inreach_jax.types import UNMATCHED, Association, Members
 from tests import oracle
@@ -122,6 +123,72 @@ def test_grouping_of_images_makes_no_difference(sizes: tuple[int, ...]) -> None:
         _select_members(whole, config=config),
         *members,
     )
+
+
+def test_images_that_are_not_used_match_nothing() -> None:
+    x, used = _descriptors(), np.arange(NUM_IMAGES) % 3 > 0
+    options: Any = {"image_index": _index(len(x)), "config": InReachConfig()}
+    whole = _associate(x[:NUM_SEEDS], x, **options)
+    part = _associate(x[:NUM_SEEDS], x, used=used, **options)
+    np.testing.assert_array_equal(
+        part.mutual_seed_patch, np.where(used[None, :, None], whole.mutual_seed_patch, UNMATCHED)
+    )
+    np.testing.assert_array_equal(
+        part.sq_distance, np.where(used[None, :, None], whole.sq_distance, np.inf)
+    )
+
+
+# Seeds among themselves.
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+@pytest.mark.parametrize("pairs", ["all", "earlier"])
+@pytest.mark.parametrize("index_order", ["matched", "swapped"])
+@pytest.mark.parametrize("veto", [True, False])
+def test_half_of_the_comparisons_find_what_all_find(
+    veto: bool, index_order: IndexOrder, pairs: Pairs, num_devices: int
+) -> None:
+    x = _descriptors()
+    x[2, 5:] = x[0, 5:]  # as near to one seed as to another
+    config = InReachConfig(veto=veto, index_order=index_order, pairs=pairs)
+    mesh = sharding.flat_mesh(jax.make_mesh((num_devices,), ("x",)))
+    split = sharding.split(mesh)
+    step = jax.jit(
+        sharding.shard_map(
+            lambda x, best, number: association_lib.associate_seed(
+                x, best, number=number, config=config, axes=sharding.mesh_axes(mesh)
+            ),
+            mesh=mesh,
+            in_specs=(sharding.whole(), split, sharding.whole()),
+            out_specs=split,
+        )
+    )
+    num_seeds = 6
+    nothing = association_lib.nothing_compared(num_seeds=num_seeds, num_patches=NUM_PATCHES)
+    best = jax.tree.map(lambda y: jnp.tile(y, (num_devices, 1)), nothing)
+    for number in range(1, num_seeds):
+        best = step(x[:num_seeds], best, np.int32(number))
+    best = jax.tree.map(lambda y: y.reshape(num_devices, num_seeds, -1), best)
+    found = jax.jit(association_lib.members_of_seeds, static_argnames="config")(best, config=config)
+    partner, distance = oracle.associate(x[:num_seeds], num_seeds=num_seeds, pairs=pairs)
+    expected = oracle.members(partner, distance, veto=veto, index_order=index_order)
+    assert _listed(found) == expected
+    assert 0 < len(expected) < num_seeds * NUM_PATCHES
+    # The others are as they were: of no channel, and as `select_members` has them.
+    whole = _associate(x[:num_seeds], x[:num_seeds], image_index=_index(num_seeds), config=config)
+    members = _select_members(whole, config=config)
+    jax.tree.map(np.testing.assert_array_equal, found, members)
+
+
+def test_each_pair_of_seeds_is_multiplied_once() -> None:
+    x, config = _descriptors()[:NUM_SEEDS], InReachConfig()
+    nothing = association_lib.nothing_compared(num_seeds=NUM_SEEDS, num_patches=NUM_PATCHES)
+    text = str(
+        jax.make_jaxpr(
+            lambda x, n: association_lib.associate_seed(x, nothing, number=n, config=config)
+        )(x, np.int32(2))
+    )
+    assert text.count("dot_general") == 1
 
 
 @pytest.mark.parametrize("index_order", ["matched", "swapped"])

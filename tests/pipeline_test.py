@@ -464,7 +464,8 @@ def test_progress_counts_every_phase_to_its_total(
             progress=progress,
         )
     )
-    assert list(calls) == ["features", "association", "channels", "bank", "scoring"]
+    assert list(calls) == ["features", "seeds", "association", "channels", "bank", "scoring"]
+    assert calls["seeds"] == [(n, config.num_seeds) for n in range(2, config.num_seeds + 1)]
     for phase in ("features", "association", "bank"):
         assert calls[phase] == [(3, 7), (6, 7), (7, 7)]
     assert calls["channels"] == sorted(set(calls["channels"]))
