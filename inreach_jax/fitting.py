@@ -882,7 +882,9 @@ def _associate_seeds(
             ]
     for number in range(start, num_seeds):
         which = sharding.place(np.int32(number), mesh=mesh)
-        best = _associate_seed(seeds, best, which, config=config, mesh=mesh)
+        best = jax.block_until_ready(
+            _associate_seed(seeds, best, which, config=config, mesh=mesh)
+        )  # or progress would run ahead
         progress("seeds", number + 1, num_seeds)
         if journal is not None and _is_due(number + 1, num_seeds, size=1, every=journal.every):
             added = dict(zip(("value", "seed", "partner"), best, strict=True))
