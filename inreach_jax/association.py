@@ -222,6 +222,41 @@ def members_of_seeds(best: Best, *, config: InReachConfig) -> Members:
     return _members(lowest, jnp.max(jnp.where(here, partner, UNMATCHED), axis=0), config=config)
 
 
+def members_of_images(
+    seeds: jax.Array,
+    known: Members,
+    images: jax.Array,
+    *,
+    image_index: jax.Array,
+    num_images: jax.Array | int,
+    config: InReachConfig,
+) -> Members:
+    """Members of any training images, those of the seeds being known.
+
+    Args:
+      seeds: [S, P, D] float32, as for `associate`.
+      known: From `members_of_seeds`.
+      images: [B, P, D] float32.
+      image_index: [B] int32, which training images they are.
+      num_images: [] int32, N: images beyond are padding, and join no channel.
+      config: Uses `pairs`, `veto` and `index_order`.
+
+    Returns:
+      Members of B images.
+    """
+    num_seeds = seeds.shape[0]
+    used = (image_index >= num_seeds) & (image_index < num_images)
+    association = associate(seeds, images, image_index=image_index, config=config, used=used)
+    members = select_members(association, config=config)
+    is_seed, which = (image_index < num_seeds)[:, None], jnp.minimum(image_index, num_seeds - 1)
+
+    def either(of_seed: jax.Array, of_other: jax.Array) -> jax.Array:
+        return jnp.where(is_seed, jnp.take(of_seed, which, axis=0), of_other)
+
+    found: Members = jax.tree.map(either, known, members)
+    return found
+
+
 def select_members(association: Association, *, config: InReachConfig) -> Members:
     """Each patch joins the channel of its best seed patch, if the match is mutual.
 

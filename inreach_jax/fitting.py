@@ -25,7 +25,6 @@ from inreach_jax import bank as bank_lib
 from inreach_jax import channels as channels_lib
 from inreach_jax import extraction, products, reduction, sharding, support
 from inreach_jax import projection as projection_lib
-from inreach_jax.association import associate, select_members
 from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
 from inreach_jax.extraction import DescriptorSet, Extractor, Images, Progress
@@ -941,23 +940,10 @@ def _associate_block(
     """Members of a block, on every device; those of seeds are known. Padding joins no channel."""
     whole, split = sharding.whole(), sharding.split(mesh)
 
-    def of_shard(
-        seeds: jax.Array,
-        known: Members,
-        block: jax.Array,
-        index: jax.Array,
-        num_images: jax.Array,
-    ) -> Members:
-        num_seeds = seeds.shape[0]
-        used = (index >= num_seeds) & (index < num_images)
-        association = associate(seeds, block, image_index=index, config=config, used=used)
-        members = select_members(association, config=config)
-        is_seed, which = (index < num_seeds)[:, None], jnp.minimum(index, num_seeds - 1)
-
-        def either(of_seed: jax.Array, of_other: jax.Array) -> jax.Array:
-            return jnp.where(is_seed, jnp.take(of_seed, which, axis=0), of_other)
-
-        return jax.tree.map(either, known, members)
+    def of_shard(seeds: Any, known: Any, block: Any, index: Any, num_images: Any) -> Members:
+        return association_lib.members_of_images(
+            seeds, known, block, image_index=index, num_images=num_images, config=config
+        )
 
     members: Members = sharding.shard_map(
         of_shard, mesh=mesh, in_specs=(whole, whole, split, split, whole), out_specs=split
