@@ -9,15 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from inreach_jax import distances, pruning, sharding
 from inreach_jax.config import InReachConfig
-from inreach_jax.types import UNMATCHED, Association, Members
-
-Best = tuple[jax.Array, jax.Array, jax.Array]
-"""Of each patch of each seed [S, P]: the squared distance to the nearest patch of any seed that it
-was compared with, float32; which seed, int32; and the seed patch if mutual, or UNMATCHED, int32."""
+from inreach_jax.types import UNMATCHED, Association, Members, SeedMatches
 
 
 def associate(
@@ -118,7 +115,7 @@ def _matches(
     return jnp.where(mutual, seed_of_image, UNMATCHED), sq_distance
 
 
-def nothing_compared(*, num_seeds: int, num_patches: int) -> Best:
+def nothing_compared(*, num_seeds: int, num_patches: int) -> SeedMatches:
     """Where `associate_seed` begins.
 
     Args:
@@ -126,34 +123,34 @@ def nothing_compared(*, num_seeds: int, num_patches: int) -> Best:
       num_patches: P.
 
     Returns:
-      Infinite distances to no seed.
+      Matches with no seed, on the host.
     """
-    shape = num_seeds, num_patches
-    return (
-        jnp.full(shape, jnp.inf, jnp.float32),
-        jnp.full(shape, num_seeds, jnp.int32),
-        jnp.full(shape, UNMATCHED, jnp.int32),
+    shape, whole = (num_seeds, num_patches), np.int32
+    return SeedMatches(  # of NumPy: outside of jit, nothing is transferred that nobody asked for
+        sq_distance=np.full(shape, np.inf, np.float32),  # type: ignore[arg-type]
+        seed=np.full(shape, num_seeds, whole),  # type: ignore[arg-type]
+        patch=np.full(shape, UNMATCHED, whole),  # type: ignore[arg-type]
     )
 
 
 def associate_seed(
     seeds: jax.Array,
-    best: Best,
+    matches: SeedMatches,
     *,
     number: jax.Array,
     config: InReachConfig,
     axes: sharding.Axes = (),
     tile: int | None = None,
     precision: lax.Precision = lax.Precision.HIGHEST,
-) -> Best:
+) -> SeedMatches:
     """Compares a seed with all before it, for either of them: half of what `associate` compares.
 
     Args:
       seeds: [S, P, D] float32 descriptors of training images 0 to S - 1.
-      best: From `nothing_compared`, or of the seeds before.
+      matches: From `nothing_compared`, or of the seeds before.
       number: [] int32, which seed.
       config: Uses `pairs` and `veto`.
-      axes: Mesh axes whose devices share the comparisons: each has a `best` of its own, which
+      axes: Mesh axes whose devices share the comparisons: each has matches of its own, which
         `members_of_seeds` brings together. () for one device.
       tile: As for `associate`.
       precision: Likewise.
@@ -167,59 +164,63 @@ def associate_seed(
     image = jnp.take(seeds, number, axis=0)
     near = image - centre[None, :]
 
-    def pair(k: jax.Array, best: Best) -> Best:
+    def pair(k: jax.Array, matches: SeedMatches) -> SeedMatches:
         i = first + k * step
         seed = jnp.take(seeds, i, axis=0)
         image_of_seed, seed_of_image = distances.mutual_nearest(
             seed - centre[None, :], near, tile=tile, precision=precision
         )
         found = _matches(image, seed, seed_of_image, image_of_seed)
-        best = _nearer(best, number, i, found, veto=config.veto)
+        matches = _nearer(matches, number, i, found, veto=config.veto)
         if config.pairs == "all":
             found = _matches(seed, image, image_of_seed, seed_of_image)
-            best = _nearer(best, i, number, found, veto=config.veto)
-        return best
+            matches = _nearer(matches, i, number, found, veto=config.veto)
+        return matches
 
-    return lax.fori_loop(0, (number - first + step - 1) // step, pair, best)
+    return lax.fori_loop(0, (number - first + step - 1) // step, pair, matches)
 
 
 def _nearer(
-    best: Best,
+    matches: SeedMatches,
     image: jax.Array,
     seed: jax.Array,
     found: tuple[jax.Array, jax.Array],
     *,
     veto: bool,
-) -> Best:
+) -> SeedMatches:
     """With what an image and a seed are to each other."""
     partner, value = found
     if not veto:
         value = jnp.where(partner == UNMATCHED, jnp.inf, value)
-    old = tuple(jnp.take(x, image, axis=0) for x in best)
-    closer = (value < old[0]) | ((value == old[0]) & (seed < old[1]))
-    new = value, jnp.broadcast_to(seed, old[1].shape), partner
-    value, which, partner = (
-        x.at[image].set(jnp.where(closer, after, before))
-        for x, after, before in zip(best, new, old, strict=True)
+    old = jax.tree.map(lambda x: jnp.take(x, image, axis=0), matches)
+    closer = (value < old.sq_distance) | ((value == old.sq_distance) & (seed < old.seed))
+
+    def put(whole: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+        return whole.at[image].set(jnp.where(closer, after, before))
+
+    return SeedMatches(
+        sq_distance=put(matches.sq_distance, old.sq_distance, value),
+        seed=put(matches.seed, old.seed, jnp.broadcast_to(seed, value.shape)),
+        patch=put(matches.patch, old.patch, partner),
     )
-    return value, which, partner
 
 
-def members_of_seeds(best: Best, *, config: InReachConfig) -> Members:
+def members_of_seeds(matches: SeedMatches, *, config: InReachConfig) -> Members:
     """Each patch of a seed joins the channel of its best seed patch, if the match is mutual.
 
     Args:
-      best: From `associate_seed`, of all seeds, and of d devices: [d, S, P] each.
+      matches: From `associate_seed`, of all seeds, and of d devices: [d, S, P] each.
       config: Uses `index_order`.
 
     Returns:
       Members of S images, as `select_members` has them.
     """
-    value, seed, partner = best
+    value, seed = matches.sq_distance, matches.seed
     nearest = value == jnp.min(value, axis=0, keepdims=True)
     lowest = jnp.min(jnp.where(nearest, seed, seed.shape[1]), axis=0)
     here = nearest & (seed == lowest[None])
-    return _members(lowest, jnp.max(jnp.where(here, partner, UNMATCHED), axis=0), config=config)
+    partner = jnp.max(jnp.where(here, matches.patch, UNMATCHED), axis=0)
+    return _members(lowest, partner, config=config)
 
 
 def members_of_images(

@@ -11,7 +11,7 @@ same program wherever it runs, and everything that is summed over images is summ
 
 import dataclasses
 import functools
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from typing import Any, Protocol
 
 import jax
@@ -29,7 +29,7 @@ from inreach_jax.backbones import Backbone
 from inreach_jax.config import InReachConfig
 from inreach_jax.extraction import DescriptorSet, Extractor, Images, Progress
 from inreach_jax.store import Budget
-from inreach_jax.types import UNMATCHED, Channels, Members, NominalBank
+from inreach_jax.types import UNMATCHED, Channels, Members, NominalBank, SeedMatches
 
 _MIN_IMAGES = 3
 
@@ -870,25 +870,25 @@ def _associate_seeds(
     (num_seeds, num_patches, _), start = seeds.shape, 1
     nothing = association_lib.nothing_compared(num_seeds=num_seeds, num_patches=num_patches)
     shards = len(sharding.local_shards(mesh))
-    best = [sharding.join_shards([x] * shards, mesh=mesh) for x in nothing]
+    matches = jax.tree.map(lambda x: sharding.join_shards([x] * shards, mesh=mesh), nothing)
     if journal is not None:
         done, entries, _ = journal.restore("seeds", mesh=mesh)
         if entries:
             start, kept = done, entries[-1][1]
-            best = [
-                sharding.join_shards(sharding.shards_of(kept[name]), mesh=mesh)
-                for name in ("value", "seed", "partner")
-            ]
+            matches = SeedMatches(
+                **{
+                    name: sharding.join_shards(sharding.shards_of(kept[name]), mesh=mesh)
+                    for name in vars(matches)
+                }
+            )
     for number in range(start, num_seeds):
         which = sharding.place(np.int32(number), mesh=mesh)
-        best = jax.block_until_ready(
-            _associate_seed(seeds, best, which, config=config, mesh=mesh)
-        )  # or progress would run ahead
+        matches = _associate_seed(seeds, matches, which, config=config, mesh=mesh)
+        jax.block_until_ready(matches)  # or progress would run ahead
         progress("seeds", number + 1, num_seeds)
         if journal is not None and _is_due(number + 1, num_seeds, size=1, every=journal.every):
-            added = dict(zip(("value", "seed", "partner"), best, strict=True))
-            journal.save("seeds", done=number + 1, added=added, running={}, mesh=mesh)
-    return _members_of_seeds(best, config=config, mesh=mesh)
+            journal.save("seeds", done=number + 1, added=vars(matches), running={}, mesh=mesh)
+    return _members_of_seeds(matches, config=config, mesh=mesh)
 
 
 def _is_due(done: int, num_blocks: int, *, size: int, every: int) -> bool:
@@ -954,34 +954,32 @@ def _associate_block(
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _associate_seed(
     seeds: jax.Array,
-    best: Sequence[jax.Array],
+    matches: SeedMatches,
     number: jax.Array,
     *,
     config: InReachConfig,
     mesh: Mesh | None,
-) -> list[jax.Array]:
-    """With one seed more, of each device."""
+) -> SeedMatches:
+    """With one seed more, of each device: [d * S, P]."""
     whole, split = sharding.whole(), sharding.split(mesh)
-    found = sharding.shard_map(
-        lambda seeds, best, number: association_lib.associate_seed(
-            seeds, tuple(best), number=number, config=config, axes=sharding.mesh_axes(mesh)
+    found: SeedMatches = sharding.shard_map(
+        lambda seeds, matches, number: association_lib.associate_seed(
+            seeds, matches, number=number, config=config, axes=sharding.mesh_axes(mesh)
         ),
         mesh=mesh,
         in_specs=(whole, split, whole),
         out_specs=split,
-    )(seeds, best, number)
-    return list(found)
+    )(seeds, matches, number)
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _members_of_seeds(
-    best: Sequence[jax.Array], *, config: InReachConfig, mesh: Mesh | None
-) -> Members:
+def _members_of_seeds(matches: SeedMatches, *, config: InReachConfig, mesh: Mesh | None) -> Members:
     """Of what the devices have found, on every device."""
-    num_seeds = best[0].shape[0] // sharding.num_shards(mesh)
-    whole = [sharding.constrain(x, mesh=mesh, spec=sharding.whole()) for x in best]
-    value, seed, partner = (x.reshape(-1, num_seeds, x.shape[1]) for x in whole)
-    return association_lib.members_of_seeds((value, seed, partner), config=config)
+    num_seeds = matches.seed.shape[0] // sharding.num_shards(mesh)
+    whole = sharding.replicate(matches, mesh=mesh)
+    each = jax.tree.map(lambda x: x.reshape(-1, num_seeds, x.shape[1]), whole)
+    return association_lib.members_of_seeds(each, config=config)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

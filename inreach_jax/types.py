@@ -39,6 +39,16 @@ class Association:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedMatches:
+    """What the patches of the seeds have found among those seeds that they were compared with."""
+
+    sq_distance: jax.Array  # [S, P] float32, squared, to the nearest patch; infinite for none
+    seed: jax.Array  # [S, P] int32, of which seed; S for none
+    patch: jax.Array  # [S, P] int32 in [0, P), which patch if the match is mutual, or UNMATCHED
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Members:
     """Who belongs to which channel.
 
@@ -72,7 +82,7 @@ class BankIndex:
     padding rows are 0.
     """
 
-    heads: jax.Array  # [M, E], rows along the basis and what is left, E = d + 1, or rounded rows
+    heads: jax.Array  # [M, E] float32 or 16 bits, rows along the basis and what is left, or rows
     norm: jax.Array  # [M] float32, squared, of the heads, less what rounding may add to distances
     slack: jax.Array  # [] float32, how far a head may be off
     basis: jax.Array | None = None  # [D, d] float32, directions; None: heads are rounded rows

@@ -17,7 +17,7 @@ from inreach_jax import association, channels, descriptors, distances, metrics
 from inreach_jax import images as images_lib
 from inreach_jax.backbones import BACKBONES, BackboneSpec, weights
 from inreach_jax.datasets.files import read_image
-from inreach_jax.types import UNMATCHED
+from inreach_jax.types import UNMATCHED, SeedMatches
 
 PAPER = inreach_jax.PRESETS["paper"].replace(positional="off")
 """The published options; the test for position is left out on both sides."""
@@ -243,12 +243,16 @@ def associate(bench: Bench) -> list[Row]:
 
     @jax.jit
     def members(seeds: jax.Array, images: jax.Array) -> Any:
-        def one_more(number: jax.Array, best: association.Best) -> association.Best:
-            return association.associate_seed(seeds, best, number=number, config=config)
+        def one_more(number: jax.Array, matches: SeedMatches) -> SeedMatches:
+            return association.associate_seed(seeds, matches, number=number, config=config)
 
-        best = association.nothing_compared(num_seeds=config.num_seeds, num_patches=images.shape[1])
-        best = lax.fori_loop(1, config.num_seeds, one_more, best)
-        known = association.members_of_seeds(jax.tree.map(lambda x: x[None], best), config=config)
+        matches = jax.tree.map(
+            jnp.asarray,
+            association.nothing_compared(num_seeds=config.num_seeds, num_patches=images.shape[1]),
+        )
+        matches = lax.fori_loop(1, config.num_seeds, one_more, matches)
+        each = jax.tree.map(lambda x: x[None], matches)
+        known = association.members_of_seeds(each, config=config)
         return association.members_of_images(
             seeds, known, images, image_index=index, num_images=num_images, config=config
         )
