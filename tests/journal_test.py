@@ -111,6 +111,32 @@ def test_a_fit_goes_on_where_it_ended(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_seeds_that_were_compared_are_not_compared_again(
+    shards: int, backbone: Backbone, images: np.ndarray, tmp_path: pathlib.Path
+) -> None:
+    config = PAPER.replace(num_seeds=5)
+    kwargs: Any = {"config": config, "batch_size": BATCH, "mesh": mesh_of(shards)}
+    expected = inreach_jax.fit(backbone, list(images), **kwargs)
+    kwargs["journal"] = FitJournal(tmp_path / "progress", every=2, identity={})
+    seen: list[int] = []
+
+    def stop_at_the_last(phase: str, done: int, total: int | None) -> None:
+        if phase == "seeds":
+            seen.append(done)
+            if done == total:
+                raise Stop
+
+    with pytest.raises(Stop):
+        inreach_jax.fit(backbone, list(images), progress=stop_at_the_last, **kwargs)
+    assert seen == [2, 3, 4, 5]
+    seen.clear()
+    with pytest.raises(Stop):  # what two and four seeds had found is there
+        inreach_jax.fit(backbone, list(images), progress=stop_at_the_last, **kwargs)
+    assert seen == [5]
+    assert_equal(inreach_jax.fit(backbone, list(images), **kwargs), expected)
+
+
 def test_damaged_progress_is_refused(
     backbone: Backbone, images: np.ndarray, tmp_path: pathlib.Path
 ) -> None:
