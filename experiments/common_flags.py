@@ -69,8 +69,8 @@ PRECISION = flags.DEFINE_enum(
     "precision",
     "highest",
     ("highest", "fast"),
-    "How large banks are searched: in float32, or by products of bfloat16 that are proved to find "
-    "the same neighbours, sooner where the hardware multiplies bfloat16.",
+    "How large banks are searched: in float32, or by products of 16 bits that are proved to find "
+    "the same neighbours, sooner where the hardware multiplies these.",
 )
 PRESET = flags.DEFINE_enum("preset", "default", sorted(PRESETS), "Options to start from.")
 

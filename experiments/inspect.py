@@ -15,7 +15,7 @@ At most --max_learned images, spread evenly over the names, are learned from and
 the others are scored a batch at a time. The threshold is for a false-alarm rate of --false_alarms
 (docs/benchmarks.md says how well it keeps that). Images are brought to the shape of --resize,
 whatever theirs is, and the border outside of --crop is not looked at.
---precision=fast searches large banks by products of bfloat16, with the same results.
+--precision=fast searches large banks by products of 16 bits, with the same results.
 
 Exit codes: 0 done; 1 nothing could be done, and why; 130 interrupted by Ctrl-C, in which case what
 was finished is there.

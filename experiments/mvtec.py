@@ -19,7 +19,7 @@ refuses to if a file is not the same any more.
 
 A killed run goes on where it was when the same command is given again. Several devices share the
 work, and with `--distributed` several processes: docs/scaling.md. `--precision=fast`
-searches large banks by products of bfloat16, with the same results.
+searches large banks by products of 16 bits, with the same results.
 
 Expected of screw (512 px, EfficientNet-Lite0), with the seconds of two CPU cores: see README.md.
 """

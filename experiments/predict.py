@@ -13,7 +13,7 @@ and `heatmaps/`; what an earlier run left there is replaced. A bank without a ca
 another binary) gives scores only, and null for the rest.
 
 Images are read and scored --batch_size at a time, one unless that is given, so memory does not grow
-with their number. --precision=fast searches large banks by products of bfloat16, with the same
+with their number. --precision=fast searches large banks by products of 16 bits, with the same
 results: sooner on processors that multiply it. --watch goes on for ever, and scores what is added
 to the folder or changed in it once a file has stayed the same for a second.
 
