@@ -125,11 +125,11 @@ def nothing_compared(*, num_seeds: int, num_patches: int) -> SeedMatches:
     Returns:
       Matches with no seed, on the host.
     """
-    shape, whole = (num_seeds, num_patches), np.int32
+    shape = num_seeds, num_patches
     return SeedMatches(  # of NumPy: outside of jit, nothing is transferred that nobody asked for
         sq_distance=np.full(shape, np.inf, np.float32),  # type: ignore[arg-type]
-        seed=np.full(shape, num_seeds, whole),  # type: ignore[arg-type]
-        patch=np.full(shape, UNMATCHED, whole),  # type: ignore[arg-type]
+        seed=np.full(shape, num_seeds, np.int32),  # type: ignore[arg-type]
+        patch=np.full(shape, UNMATCHED, np.int32),  # type: ignore[arg-type]
     )
 
 

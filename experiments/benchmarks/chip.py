@@ -28,7 +28,8 @@ _FORMS: dict[str, Any] = {
     "TF32": (None, lax.Precision.DEFAULT, False),
     "16 bits": (None, lax.Precision.DEFAULT, True),
 }
-_WAYS = ("float32", "16 bits, proved")  # of searching: without an index, and by rounded rows
+_PLAIN, _PROVED = "float32", "16 bits, proved"
+_WAYS = (_PLAIN, _PROVED)  # of searching: without an index, and by rounded rows
 
 
 def batch_size() -> int:
@@ -74,9 +75,9 @@ def _fit(bench: Bench, preset: str) -> inreach_jax.NominalBank:
 
 @functools.cache
 def _bank(bench: Bench, preset: str, way: str) -> inreach_jax.NominalBank:
-    if way == "float32":
+    if way == _PLAIN:
         return _fit(bench, preset)
-    return inreach_jax.index_bank(_bank(bench, preset, "float32"), by="rows")
+    return inreach_jax.index_bank(_bank(bench, preset, _PLAIN), by="rows")
 
 
 def _multiply(form: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -247,7 +248,7 @@ def chip_score_images(bench: Bench) -> list[Row]:
     size = batch_size()
     images = varied(bench.dataset.test.images, 4 * size)
     config = _config("default", num_images=len(_train(bench)))
-    bank = _bank(bench, "default", _WAYS[1])
+    bank = _bank(bench, "default", _PROVED)
 
     def run() -> list[inreach_jax.Scores]:
         scores = inreach_jax.score_images(
@@ -256,18 +257,18 @@ def chip_score_images(bench: Bench) -> list[Row]:
         return list(scores)
 
     timed = bench.time({"ours": run})
-    name = f"chip_score_images, default, {_WAYS[1]}, {size} images at a time"
+    name = f"chip_score_images, default, {_PROVED}, {size} images at a time"
     return [compare(name, timed.seconds["ours"], "none", images=len(images))]
 
 
 def chip_paper(bench: Bench) -> list[Row]:
     """The paper preset: fitting 249 images, searching a tenth of their patches, scoring."""
-    scoring_rows = [_scoring(bench, "paper", _WAYS[1])]
+    scoring_rows = [_scoring(bench, "paper", _PROVED)]
     return [_fitting(bench, "paper"), *_searching(bench, "paper"), *scoring_rows]
 
 
 def _fitting(bench: Bench, preset: str) -> Row:
-    bank = _bank(bench, preset, "float32")  # compiles
+    bank = _bank(bench, preset, _PLAIN)  # compiles
     fit = functools.partial(_fit, bench, preset)
     timed = measure.interleaved({"ours": fit}, seconds=0, min_repeats=2, warm_up=False)
     return compare(
@@ -303,7 +304,7 @@ def _searching(bench: Bench, preset: str) -> list[Row]:
             f"chip_search, {preset}, {way}, {_described(bank)}, {size} images",
             timed.seconds[way],
             count=2.0 * bank.rows.size * size * described.shape[1],
-            at=_best_float32() if way == "float32" else peak("16 bits"),
+            at=_best_float32() if way == _PLAIN else peak("16 bits"),
         )
         row["agreement"] = f"{equal:.4%} equal rows, distances within {apart:.0e} of the largest"
         row["agrees"] = equal > 0.999 and apart < 1e-4
