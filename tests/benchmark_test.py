@@ -264,8 +264,7 @@ def test_descriptors_against_torch(bench: Bench) -> None:
 
 @pytest.mark.usefixtures("literal")
 def test_end_to_end_with_random_weights(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "BACKBONES", {"wide_resnet50_2": tiny.SPEC})
-    monkeypatch.setattr(whole, "WIDE_TAPS", (0, 1))
+    monkeypatch.setattr(chip, "wide_backbone", tiny.backbone)
     rows = whole.end_to_end_wide(bench)
     check(rows, "end_to_end_wide, 6 + 4 images, features given")
 
